@@ -1,0 +1,83 @@
+"""Every quantity of the method, with the paper's values; the other configs start from here.
+
+Symbols and sections are those of arXiv:2112.09645. Override on the command line:
+--config.loss.temperature=0.2
+"""
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+    config.seed = 0
+    config.num_cpu_devices = 0  # 0: one per core, as far as the batches divide
+
+    data = config.data = ConfigDict()
+    data.name = ""  # of a builder in tfds_builders/
+    data.data_dir = ""  # prepared sets; "": TFDS_DATA_DIR or ~/tensorflow_datasets
+    data.manual_dir = ""  # the downloaded volumes
+    data.image_size = 192  # px
+    data.target_spacing_mm = 1.0  # in-plane
+    data.num_labeled = "1"  # which lists of `splits`: "1", "2", "8", "all"
+    data.split = "c1"
+    data.splits = ConfigDict()  # splits[num_labeled][split] = {labeled, validation}
+    data.pool = ()  # unlabelled patients, before labelled and validation ones are taken out
+    data.test_patients = ()
+    # Non-empty: in place of the list above, e.g. --config.data.test="('p1','p2')"
+    data.labeled = ()
+    data.unlabeled = ()
+    data.validation = ()
+    data.test = ()
+    data.labeled_batch_size = 20  # slices, over all devices
+    data.min_classes = 3  # classes a labelled slice must show, background included
+    data.view_min_classes = 0  # likewise for the slices of pairs; 0: all classes
+    data.pairs = ConfigDict(
+        {"labeled_self": 2, "pseudo_self": 2, "labeled_pseudo": 3, "pseudo_pseudo": 3}
+    )
+    data.eval_batch_size = 40  # slices
+
+    model = config.model = ConfigDict()
+    model.filters = (16, 32, 64, 128, 128, 128)
+    model.embedding_dim = 16  # E
+    model.dtype = "float32"  # of the computation; "bfloat16" on TPU and GPU
+
+    loss = config.loss = ConfigDict()
+    loss.segmentation = "dice_with_background"  # or dice_foreground, cross_entropy
+    loss.class_weights = ()  # of cross_entropy, background first; (): equal
+    loss.contrastive_weight = 0.02  # lambda; the authors' 0.1 in their normalisation
+    loss.temperature = 0.1  # tau
+    loss.pixels_per_class = placeholder(int)  # K anchors per class and image
+    loss.pixels_per_class = 3
+    loss.matching = "inter"  # or intra, batch
+    loss.include_background = False
+    loss.pseudo_label_weight = 0.0  # > 0: segmentation loss on pseudo-labels too (self-training)
+    loss.separate_batch_norm = False  # True: views go through in a pass of their own
+
+    augment = config.augment = ConfigDict()
+    augment.max_rotation_degrees = 15.0
+    augment.scale_range = (0.95, 1.05)
+    augment.elastic_probability = 0.5
+    augment.elastic_sigma_px = 5.0
+    augment.contrast_range = (0.8, 1.2)
+    augment.max_brightness = 0.1
+    augment.view_contrast_range = (0.7, 1.3)  # contrastive views: intensity only
+    augment.view_max_brightness = 0.3
+    augment.view_clip = (0.0, 1.5)
+
+    optimizer = config.optimizer = ConfigDict()
+    optimizer.learning_rate = 1e-3  # Adam
+    optimizer.schedule = "constant"  # or cosine, to 0 over each stage
+    optimizer.ema_decay = 0.0  # of the weights that evaluate and write pseudo-labels; 0: off
+
+    rounds = config.rounds = ConfigDict()
+    rounds.baseline_steps = 5000
+    rounds.num_rounds = 3
+    rounds.steps_per_round = 5000
+    rounds.eval_every = 50  # steps between validations
+    rounds.fresh_heads = True  # joint training starts both heads afresh
+
+    log = config.log = ConfigDict()
+    log.every = 20  # steps between lines of metrics.jsonl
+
+    return config

@@ -1,0 +1,54 @@
+"""SYNTHETIC cardiac volumes, generated on the spot: the demonstration that needs no download.
+
+  ./run.sh        or        python -m lclseg.main --config=configs/phantom.py
+
+One labelled volume, short schedule. Volumes 000-043 are the pool, 044-063 the test set.
+"""
+
+import runpy
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+get_default = runpy.run_path(str(Path(__file__).with_name("default.py")))["get_config"]
+
+
+def ids(*numbers: int) -> tuple[str, ...]:
+    return tuple(f"phantom_{n:03d}" for n in numbers)
+
+
+POOL = ids(*range(44))
+# num_labeled: split: (labelled, validation)
+SPLITS = {
+    "1": {"c1": ([0], [40, 41]), "c2": ([1], [42, 43]), "c3": ([2], [38, 39])},
+    "2": {"c1": ([0, 3], [40, 41]), "c2": ([1, 4], [42, 43]), "c3": ([2, 5], [38, 39])},
+}
+
+
+def get_config() -> ConfigDict:
+    config = get_default()
+    data = config.data
+    data.name = "phantom"
+    data.image_size = 64
+    data.target_spacing_mm = 2.0
+    data.num_labeled = "1"
+    data.pool = POOL
+    data.test_patients = ids(*range(44, 64))
+    data.splits = {
+        n: {
+            c: {"labeled": ids(*labeled), "validation": ids(*validation)}
+            for c, (labeled, validation) in splits.items()
+        }
+        for n, splits in SPLITS.items()
+    }
+    data.splits["all"] = {
+        c: {
+            "labeled": tuple(p for p in POOL if p not in ids(*validation)),
+            "validation": ids(*validation),
+        }
+        for c, (_, validation) in SPLITS["1"].items()
+    }
+    rounds = config.rounds
+    rounds.baseline_steps = 400
+    rounds.steps_per_round = 150
+    return config

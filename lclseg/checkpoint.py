@@ -1,0 +1,47 @@
+"""Checkpoints of one stage of a run: the newest and the best, by Orbax."""
+
+from pathlib import Path
+from typing import Any
+
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
+
+from lclseg.steps import TrainState
+
+
+def open_stage(folder: Path) -> ocp.CheckpointManager:
+    """Manager of a stage's checkpoints; use it as a context manager, saves are asynchronous.
+
+    A checkpoint holds `state` (the TrainState) and `progress` (JSON). The newest and the one of
+    highest validation Dice stay on disk.
+    """
+    policy = checkpoint_managers.AnyPreservationPolicy(
+        [
+            checkpoint_managers.LatestN(1),
+            checkpoint_managers.BestN(get_metric_fn=lambda metrics: metrics["dice"], n=1),
+        ]
+    )
+    options = ocp.CheckpointManagerOptions(
+        best_fn=lambda metrics: metrics["dice"], best_mode="max", preservation_policy=policy
+    )
+    return ocp.CheckpointManager(folder.absolute(), options=options)
+
+
+def save(
+    manager: ocp.CheckpointManager, step: int, state: TrainState, progress: dict, dice: float
+) -> None:
+    """Saves a checkpoint; `step` must rise from save to save."""
+    items = ocp.args.Composite(
+        state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(progress)
+    )
+    if not manager.save(step, args=items, metrics={"dice": dice}):
+        raise RuntimeError(f"{manager.directory}: checkpoint of step {step} was not saved")
+
+
+def restore(manager: ocp.CheckpointManager, step: int, like: TrainState) -> tuple[TrainState, Any]:
+    """State and progress saved at `step`; `like` gives structure, shapes and placement."""
+    items = ocp.args.Composite(
+        state=ocp.args.StandardRestore(like), progress=ocp.args.JsonRestore()
+    )
+    restored = manager.restore(step, args=items)
+    return restored["state"], restored["progress"]

@@ -1,0 +1,208 @@
+"""Losses of arXiv:2112.09645: Dice, weighted cross-entropy and the local contrastive loss.
+
+Letters: B images, H W pixels, C classes (background 0), E embedding, K anchors per class and image.
+Everything is a pure function of arrays, finite in value and gradient when classes are absent.
+"""
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+MATCHINGS = ("intra", "inter", "batch")
+
+
+def dice_loss(
+    logits: Array, labels: Array, *, include_background: bool = True, epsilon: float = 1e-5
+) -> Array:
+    """Soft Dice loss of each image, averaged over classes.
+
+    loss_b = 1 - mean_c (2 sum_i p_ic g_ic + epsilon) / (sum_i p_ic + sum_i g_ic + epsilon)
+
+    Args:
+      logits: [B, H, W, C] float.
+      labels: [B, H, W] int in 0..C-1.
+      include_background: average over class 0 too (`dice_with_background`), or over 1..C-1 only
+        (`dice_foreground`).
+      epsilon: makes a class that is absent from label and prediction count as Dice 1.
+
+    Returns:
+      [B] float32 in [0, 1].
+    """
+    probs = jax.nn.softmax(logits, axis=-1)
+    onehot = jax.nn.one_hot(labels, logits.shape[-1], dtype=probs.dtype)
+    overlap = jnp.sum(probs * onehot, axis=(1, 2))
+    total = jnp.sum(probs + onehot, axis=(1, 2))
+    dice = (2 * overlap + epsilon) / (total + epsilon)
+    return 1 - jnp.mean(dice if include_background else dice[:, 1:], axis=-1)
+
+
+def cross_entropy_loss(logits: Array, labels: Array, *, class_weights: Array) -> Array:
+    """Weighted pixel-wise cross-entropy of each image: mean_i -w[y_i] log softmax(logits_i)[y_i].
+
+    Args:
+      logits: [B, H, W, C] float.
+      labels: [B, H, W] int in 0..C-1.
+      class_weights: [C] float.
+
+    Returns:
+      [B] float32.
+    """
+    log_probs = jax.nn.log_softmax(logits, axis=-1)
+    weights = jax.nn.one_hot(labels, logits.shape[-1], dtype=log_probs.dtype)
+    weights = weights * jnp.asarray(class_weights, log_probs.dtype)
+    return -jnp.mean(jnp.sum(weights * log_probs, axis=-1), axis=(1, 2))
+
+
+def _unit(vectors: Array) -> Array:
+    """Vectors of length 1 along the last axis; a zero vector stays zero, with a finite gradient."""
+    return vectors * jax.lax.rsqrt(jnp.sum(vectors**2, axis=-1, keepdims=True) + 1e-24)
+
+
+def class_means(embeddings: Array, labels: Array, *, num_classes: int) -> tuple[Array, Array]:
+    """Mean embedding m_k(x) of each class k of an image, not normalised before averaging.
+
+    Args:
+      embeddings: [H, W, E] float.
+      labels: [H, W] int.
+      num_classes: C.
+
+    Returns:
+      means [C, E] (zero where the class is absent) and present [C] bool.
+    """
+    onehot = jax.nn.one_hot(labels.reshape(-1), num_classes, dtype=embeddings.dtype)
+    counts = jnp.sum(onehot, axis=0)
+    sums = onehot.T @ embeddings.reshape(-1, embeddings.shape[-1])
+    return sums / jnp.maximum(counts, 1)[:, None], counts > 0
+
+
+def sample_anchors(
+    key: Array,
+    labels: Array,
+    *,
+    num_classes: int,
+    pixels_per_class: int,
+    include_background: bool = False,
+) -> Array:
+    """Draws K anchor pixels per class and image, uniformly and with replacement.
+
+    Args:
+      key: random key.
+      labels: [2, H, W] int.
+      num_classes: C.
+      pixels_per_class: K.
+      include_background: draw for class 0 too.
+
+    Returns:
+      [2, C-1, K, 2] int32 (row, column), or [2, C, K, 2] with the background. The anchors of an
+      absent class point at an arbitrary pixel of the image; the loss gives them no weight.
+    """
+    height, width = labels.shape[1:]
+    classes = jnp.arange(0 if include_background else 1, num_classes)
+    masks = labels.reshape(2, 1, -1) == classes[None, :, None]
+    cumulative = jnp.cumsum(masks.astype(jnp.int32), axis=-1)
+    uniform = jax.random.uniform(key, (2, classes.size, pixels_per_class))
+    counts = cumulative[..., -1:]
+    # The r-th pixel of a class is the first one at which its cumulative count exceeds r.
+    ranks = jnp.minimum(jnp.floor(uniform * counts), jnp.maximum(counts - 1, 0)).astype(jnp.int32)
+    search = jax.vmap(jax.vmap(lambda c, r: jnp.searchsorted(c, r, side="right")))
+    pixels = jnp.minimum(search(cumulative, ranks), height * width - 1).astype(jnp.int32)
+    return jnp.stack([pixels // width, pixels % width], axis=-1)
+
+
+def local_contrastive_loss(
+    embeddings: Array,
+    labels: Array,
+    anchors: Array | None,
+    *,
+    num_classes: int,
+    temperature: float = 0.1,
+    matching: str = "inter",
+    include_background: bool = False,
+    axis_name: str | tuple[str, ...] | None = None,
+) -> Array:
+    """Local contrastive loss of one image pair (x, x'), arXiv:2112.09645 section 3.
+
+    With s(a, b) = cosine(a, b) / temperature, m_k(x) the mean embedding of class k in x, and an
+    anchor z_i of class c in image x:
+
+      intra  term(z_i, m_c(x)) = -s(z_i, m_c(x)) + log sum_k exp s(z_i, m_k(x))
+      inter  two terms, against m_c(x) and m_c(x'), that share one denominator:
+             -s(z_i, m_c(.)) + log sum_k [exp s(z_i, m_k(x)) + exp s(z_i, m_k(x'))]
+      batch  as inter, with the class means of every image of the batch
+
+    where k runs over the classes present. Anchors of x' likewise. vmap it over pairs.
+
+    Args:
+      embeddings: [2, H, W, E] float, not normalised.
+      labels: [2, H, W] int, ground truth or pseudo-label.
+      anchors: [2, C-1, K, 2] int (row, column): K pixels of each foreground class of each image
+        ([2, C, K, 2] with the background); their class is their place in the array. None: every
+        pixel is an anchor, each class counting the same, which is the exact expectation of the
+        loss over uniformly drawn anchors.
+      num_classes: C.
+      temperature: scales the cosines.
+      matching: "intra", "inter" or "batch".
+      include_background: treat class 0 as a class like any other.
+      axis_name: for "batch", the mapped axes (vmap and pmap) that together hold the batch's pairs;
+        None means that this pair is the whole batch.
+
+    Returns:
+      Scalar: mean over all valid terms; 0 when the pair shows none of the classes. A class absent
+      from an image contributes no anchor, no positive and no negative.
+
+    Raises:
+      ValueError: on an unknown matching or on arrays whose shapes do not fit together.
+    """
+    if matching not in MATCHINGS:
+        raise ValueError(f"matching is {matching!r}; wanted one of {', '.join(MATCHINGS)}")
+    if embeddings.ndim != 4 or embeddings.shape[0] != 2 or labels.shape != embeddings.shape[:3]:
+        raise ValueError(
+            "wanted embeddings [2, H, W, E] and labels [2, H, W] of one pair (vmap over pairs); "
+            f"found {embeddings.shape} and {labels.shape}"
+        )
+    first = 0 if include_background else 1
+    num_anchored = num_classes - first
+    if anchors is not None and (
+        anchors.shape[:2] != (2, num_anchored) or anchors.shape[3:] != (2,)
+    ):
+        raise ValueError(f"wanted anchors [2, {num_anchored}, K, 2]; found {anchors.shape}")
+
+    means, present = jax.vmap(lambda z, y: class_means(z, y, num_classes=num_classes))(
+        embeddings, labels
+    )
+    means, present = means[:, first:], present[:, first:]  # [2, c, E], [2, c]
+
+    # Anchors z [2, A, E] and their weights [2, A, c]: for each class present they sum to 1.
+    if anchors is None:
+        z = embeddings.reshape(2, -1, embeddings.shape[-1])
+        onehot = jax.nn.one_hot(labels.reshape(2, -1) - first, num_anchored, dtype=z.dtype)
+        weights = onehot / jnp.maximum(jnp.sum(onehot, axis=1, keepdims=True), 1)
+    else:
+        num_pixels = anchors.shape[2]
+        z = jax.vmap(lambda e, a: e[a[..., 0], a[..., 1]])(embeddings, anchors)
+        z = z.reshape(2, num_anchored * num_pixels, -1)
+        weights = jnp.repeat(jnp.eye(num_anchored, dtype=z.dtype), num_pixels, axis=0) / num_pixels
+        weights = weights * present[:, None, :]
+
+    # Means that serve as positives and negatives, [M, c, E], and visible to which image [2, M].
+    if matching == "batch" and axis_name is not None:
+        references = jax.lax.all_gather(means, axis_name).reshape(-1, *means.shape[1:])
+        references_present = jax.lax.all_gather(present, axis_name).reshape(-1, num_anchored)
+    else:
+        references, references_present = means, present
+    num_references = references.shape[0]
+    visible = jnp.eye(2, dtype=bool) if matching == "intra" else jnp.ones((2, num_references), bool)
+    mask = visible[:, :, None] & references_present  # [2, M, c]
+
+    z, references = _unit(z), _unit(references)
+    similarity = jnp.einsum("nae,mce->namc", z, references) / temperature
+    # Finite instead of -inf: with no mean visible at all the gradient must not become NaN.
+    similarity = jnp.where(mask[:, None], similarity, -1e9)
+    log_denominator = jax.nn.logsumexp(similarity, axis=(2, 3))  # [2, A]
+    class_log_denominator = jnp.einsum("nac,na->nc", weights, log_denominator)
+    class_unit_mean = jnp.einsum("nac,nae->nce", weights, z)
+    attraction = jnp.einsum("nce,mce->nmc", class_unit_mean, references) / temperature
+    terms = class_log_denominator[:, None, :] - attraction  # [2, M, c]
+    valid = mask & present[:, None, :]
+    return jnp.sum(jnp.where(valid, terms, 0)) / jnp.maximum(jnp.sum(valid), 1)

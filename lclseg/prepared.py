@@ -1,0 +1,149 @@
+"""The prepared set: opening it (preparing it at need), its index, and reading slices from it."""
+
+import dataclasses
+import importlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from lclseg import volumes
+
+
+class VolumeEntry(NamedTuple):
+    """Index entry of a volume: its slices are records first_slice, first_slice + 1, ..."""
+
+    volume_id: str
+    patient_id: str
+    has_label: bool
+    first_slice: int
+    class_pixels: np.ndarray  # [S, C] int, ground truth on the training grid
+
+    @property
+    def slices(self) -> range:
+        return range(self.first_slice, self.first_slice + len(self.class_pixels))
+
+
+class NativeVolume(NamedTuple):
+    """Geometry of a volume as its file had it; `label` [X, Y, S] uint8, None without ground truth."""
+
+    label: np.ndarray | None
+    shape: tuple[int, int, int]
+    affine: np.ndarray
+    spacing_mm: tuple[float, float, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class PreparedSet:
+    """A prepared data set: index in memory, slices on disk, read at random.
+
+    Attributes:
+      name: of the data set.
+      class_names: of the foreground classes 1, 2, ...
+      image_size: H = W.
+      target_spacing_mm: in-plane spacing of the slices.
+      volumes: index by volume id, in stored order.
+      source: random-access source of slices.
+    """
+
+    name: str
+    class_names: tuple[str, ...]
+    image_size: int
+    target_spacing_mm: float
+    volumes: Mapping[str, VolumeEntry]
+    source: Any
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names) + 1
+
+    def read_slices(self, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Images [B, H, W] float32 and labels [B, H, W] uint8 of the given records."""
+        records = self.source.__getitems__([int(i) for i in indices])
+        return (
+            np.stack([r["image"] for r in records]),
+            np.stack([r["label"] for r in records]),
+        )
+
+    def read_native(self, volume_id: str) -> NativeVolume:
+        """Native geometry and label of a volume."""
+        entry = self.volumes[volume_id]
+        records = self.source.__getitems__(list(entry.slices))
+        label = np.stack([r["native_label"] for r in records], axis=-1)
+        first = records[0]
+        return NativeVolume(
+            label=label if entry.has_label else None,
+            shape=tuple(int(n) for n in first["native_shape"]),
+            affine=first["affine"],
+            spacing_mm=tuple(float(s) for s in first["spacing_mm"]),
+        )
+
+
+def open_prepared(
+    name: str, *, image_size: int, target_spacing_mm: float, data_dir: str, manual_dir: str
+) -> PreparedSet:
+    """Opens `tfds_builders/<name>`, preparing it first if that was not done yet.
+
+    Args:
+      name: of the builder.
+      image_size, target_spacing_mm: the training grid; each grid is prepared once.
+      data_dir: where prepared sets live; "" means TFDS's own (TFDS_DATA_DIR or
+        ~/tensorflow_datasets).
+      manual_dir: folder with the downloaded volumes, for data sets that need one.
+
+    Raises:
+      volumes.VolumeError: no such builder; data folder missing or laid out differently; broken file.
+    """
+    module_name = f"tfds_builders.{name}.{name}_dataset_builder"
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not module_name.startswith(error.name):
+            raise
+        raise volumes.VolumeError(
+            f"data.name is {name!r}, but there is no tfds_builders/{name}/{name}_dataset_builder.py"
+        ) from None
+    from tfds_builders import slices  # here: lclseg imports without the builders
+
+    config = slices.grid_config(image_size=image_size, target_spacing_mm=target_spacing_mm)
+    builder = module.Builder(config=config, data_dir=data_dir or None, file_format="array_record")
+    if not builder.is_prepared():
+        _prepare(builder, name, manual_dir)
+    metadata = builder.info.metadata
+    entries = [
+        VolumeEntry(
+            volume_id=v["volume_id"],
+            patient_id=v["patient_id"],
+            has_label=v["has_label"],
+            first_slice=v["first_slice"],
+            class_pixels=np.asarray(v["class_pixels"]),
+        )
+        for v in metadata["volumes"]
+    ]
+    return PreparedSet(
+        name=name,
+        class_names=tuple(metadata["class_names"]),
+        image_size=image_size,
+        target_spacing_mm=target_spacing_mm,
+        volumes={e.volume_id: e for e in entries},
+        source=builder.as_data_source(split=slices.SPLIT),
+    )
+
+
+def _prepare(builder: tfds.core.DatasetBuilder, name: str, manual_dir: str) -> None:
+    instructions = builder.MANUAL_DOWNLOAD_INSTRUCTIONS
+    if instructions:
+        if not manual_dir:
+            raise volumes.VolumeError(
+                f"data set {name} is not prepared in {builder.data_dir}, and data.manual_dir is not "
+                f"set. {instructions}"
+            )
+        folder = Path(manual_dir).expanduser()
+        if not folder.is_dir():
+            raise volumes.VolumeError(f"data.manual_dir: no folder {folder}. {instructions}")
+        manual_dir = str(folder)
+    builder.download_and_prepare(
+        download_config=tfds.download.DownloadConfig(manual_dir=manual_dir or None)
+    )

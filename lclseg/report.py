@@ -1,0 +1,93 @@
+"""results.json and the table at the end of a run."""
+
+import importlib.metadata
+import json
+import os
+import platform
+from pathlib import Path
+
+import jax
+from ml_collections import ConfigDict
+
+from lclseg.prepared import PreparedSet
+from lclseg.splits import Split
+
+PACKAGES = ("lclseg", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
+
+def new_results(config: ConfigDict, prepared: PreparedSet, split: Split) -> dict:
+    """The head of results.json; `results` is filled stage by stage."""
+    device = jax.devices()[0]
+    return {
+        "dataset": prepared.name,
+        "class_names": list(prepared.class_names),
+        "image_size": prepared.image_size,
+        "target_spacing_mm": prepared.target_spacing_mm,
+        "seed": config.seed,
+        "num_labeled": config.data.num_labeled,
+        "split": config.data.split,
+        "volumes": {role: list(ids) for role, ids in split._asdict().items()},
+        "versions": {p: importlib.metadata.version(p) for p in PACKAGES}
+        | {"python": platform.python_version()},
+        "device": {
+            "kind": device.device_kind,
+            "platform": device.platform,
+            "count": len(jax.devices()),
+        },
+        "results": {},
+    }
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Writes a file that is whole at any moment: a temporary one, then renamed."""
+    temporary = path.with_suffix(".partial")
+    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(temporary, path)
+
+
+def read_json(path: Path) -> dict | None:
+    """The file's content, None where there is no file."""
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def table(results: dict) -> str:
+    """Baseline and rounds on the test volumes, as aligned text.
+
+    Columns: validation and test Dice, gain over the baseline, Dice per class, HD95 and ASSD in mm,
+    class-volume pairs missed, Dice of the round's pseudo-labels where ground truth is hidden.
+    """
+    classes = results["class_names"]
+    head = ["stage", "val Dice", "test Dice", "gain", *classes, "HD95 mm", "ASSD mm", "missed"]
+    head.append("pseudo Dice")
+    rows = []
+    baseline = results["results"]["baseline"]["test"]["mean_dice"]
+    for stage, result in results["results"].items():
+        test = result["test"]
+        pseudo = result["pseudo_labels"]
+        rows.append(
+            [
+                stage + (" *" if stage == results.get("chosen") else ""),
+                _number(result["best_validation_dice"], ".4f"),
+                _number(test["mean_dice"], ".4f"),
+                "" if stage == "baseline" else _number(test["mean_dice"] - baseline, "+.4f"),
+                *(_number(test["dice_per_class"][c], ".4f") for c in classes),
+                _number(test["mean_hausdorff95_mm"], ".2f"),
+                _number(test["mean_assd_mm"], ".2f"),
+                str(test["n_missed"]),
+                _number(pseudo["true_mean_dice"], ".4f") if pseudo else "",
+            ]
+        )
+    widths = [max(len(r[i]) for r in [head, *rows]) for i in range(len(head))]
+    lines = ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)) for r in [head, *rows]]
+    lines.insert(1, "  ".join("-" * w for w in widths))
+    volumes = results["volumes"]
+    caption = (
+        f"{results['dataset']}: {len(volumes['labeled'])} labelled, {len(volumes['unlabeled'])} "
+        f"unlabelled, {len(volumes['validation'])} validation, {len(volumes['test'])} test volumes; "
+        f"split {results['split']}, seed {results['seed']}; * best on validation"
+    )
+    return "\n".join([caption, "", *(line.rstrip() for line in lines)])
+
+
+def _number(value: float | None, spec: str) -> str:
+    return "-" if value is None else format(value, spec)

@@ -1,0 +1,430 @@
+"""The run: baseline, then rounds of pseudo-labelling and joint training (arXiv:2112.09645).
+
+`train_and_evaluate` is the whole story; `run_round` maps (best state, pseudo-labels) to the next.
+This is the only module that maps steps over devices.
+"""
+
+import dataclasses
+import functools
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import flax.jax_utils
+import jax
+import numpy as np
+import optax
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from lclseg import checkpoint, evaluation, input_pipeline, report, steps
+from lclseg.models import UNet
+from lclseg.prepared import PreparedSet, open_prepared
+from lclseg.pseudo_labels import PseudoLabels, load_pseudo_labels, make_pseudo_labels
+from lclseg.splits import Split, resolve_split
+
+AXIS = "devices"
+logger = logging.getLogger("lclseg")
+
+
+class ConfigError(ValueError):
+    """A config that cannot be run; the message names the keys and the way out."""
+
+
+class Best(NamedTuple):
+    """The best checkpoint so far, by mean foreground 3-D Dice on the validation volumes."""
+
+    state: steps.TrainState
+    validation_dice: float
+    stage: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What stays the same throughout a run.
+
+    Attributes:
+      config: resolved and frozen.
+      workdir: everything is written below it.
+      prepared: the data set.
+      split: volume ids by role.
+      model: the U-Net.
+      key: the run's random key.
+      optimizers: by stage kind, "baseline" and "joint".
+      train_steps: likewise, compiled over devices: (state, batch, key) -> (state, metrics).
+      predict: (replicated state, images [N, M, H, W]) -> probs [N, M, H, W, C], compiled.
+    """
+
+    config: ConfigDict
+    workdir: Path
+    prepared: PreparedSet
+    split: Split
+    model: UNet
+    key: jax.Array
+    optimizers: dict[str, optax.GradientTransformation]
+    train_steps: dict[str, Callable]
+    predict: Callable
+
+
+def use_cpu_devices(config: ConfigDict) -> None:
+    """Splits the CPU into one JAX device per core, as far as the batch divides among them.
+
+    XLA's CPU gradients hardly use threads; several devices do. No effect on GPU and TPU. Must run
+    before JAX's first computation.
+    """
+    cores = len(os.sched_getaffinity(0))
+    common = math.gcd(config.data.labeled_batch_size, sum(config.data.pairs.values()))
+    auto = max(n for n in range(1, cores + 1) if common % n == 0)
+    jax.config.update("jax_num_cpu_devices", config.num_cpu_devices or auto)
+
+
+def make_optimizer(config: ConfigDict, num_steps: int) -> optax.GradientTransformation:
+    """Adam, with the config's learning rate, constant or decaying to 0 over the stage."""
+    rate = config.learning_rate
+    match config.schedule:
+        case "constant":
+            return optax.adam(rate)
+        case "cosine":
+            return optax.adam(optax.cosine_decay_schedule(rate, num_steps))
+    raise ConfigError(f"optimizer.schedule is {config.schedule!r}; wanted constant or cosine")
+
+
+def start_run(config: ConfigDict, workdir: Path) -> Run:
+    """Checks config and data, claims the workdir, and builds model and compiled steps.
+
+    Raises:
+      ConfigError, SplitError, VolumeError: before any work is lost.
+    """
+    num_devices = jax.local_device_count()
+    num_pairs = sum(config.data.pairs.values())
+    for name, size in (
+        ("data.labeled_batch_size", config.data.labeled_batch_size),
+        ("the sum of data.pairs", num_pairs),
+    ):
+        if size == 0 or size % num_devices:
+            raise ConfigError(
+                f"{name} is {size}; wanted a multiple of the {num_devices} devices (batch sizes are "
+                "global)"
+            )
+    prepared = open_prepared(
+        config.data.name,
+        image_size=config.data.image_size,
+        target_spacing_mm=config.data.target_spacing_mm,
+        data_dir=config.data.data_dir,
+        manual_dir=config.data.manual_dir,
+    )
+    split = resolve_split(config.data, prepared.volumes)
+    if config.rounds.num_rounds and not split.unlabeled:
+        raise ConfigError(
+            "there is no unlabelled volume to run rounds on; set rounds.num_rounds=0, or give some "
+            "in data.unlabeled"
+        )
+    model = UNet(
+        num_classes=prepared.num_classes,
+        filters=tuple(config.model.filters),
+        embedding_dim=config.model.embedding_dim,
+        dtype=config.model.dtype,
+        axis_name=AXIS,
+    )
+    optimizers = {
+        "baseline": make_optimizer(config.optimizer, config.rounds.baseline_steps),
+        "joint": make_optimizer(config.optimizer, config.rounds.steps_per_round),
+    }
+    loss_options = steps.LossOptions(**config.loss)
+    augment_options = steps.AugmentOptions(**config.augment)
+
+    def compiled(optimizer):
+        step = functools.partial(
+            steps.train_step,
+            model=model,
+            optimizer=optimizer,
+            loss_options=loss_options,
+            augment_options=augment_options,
+            ema_decay=config.optimizer.ema_decay,
+            axis_name=AXIS,
+        )
+        return jax.pmap(step, axis_name=AXIS, in_axes=(0, 0, None), donate_argnums=(0,))
+
+    claim_workdir(config, workdir)
+    return Run(
+        config=config,
+        workdir=workdir,
+        prepared=prepared,
+        split=split,
+        model=model,
+        key=jax.random.key(config.seed),
+        optimizers=optimizers,
+        train_steps={kind: compiled(o) for kind, o in optimizers.items()},
+        predict=jax.pmap(functools.partial(steps.predict_step, model=model)),
+    )
+
+
+def claim_workdir(config: ConfigDict, workdir: Path) -> None:
+    """Creates the workdir with the config in it, or checks that it is this run's own.
+
+    Raises:
+      ConfigError: the folder holds something else, or a run of another config.
+    """
+    path = workdir / "config.json"
+    text = config.to_json_best_effort(indent=2, sort_keys=True) + "\n"
+    if path.exists():
+        if json.loads(path.read_text()) != json.loads(text):
+            before, now = _flatten(json.loads(path.read_text())), _flatten(json.loads(text))
+            keys = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
+            raise ConfigError(
+                f"{workdir} holds a run with other values of {', '.join(keys[:8])}; go on with its "
+                "config, or choose another --workdir"
+            )
+        return
+    if workdir.exists() and any(workdir.iterdir()):
+        raise ConfigError(f"{workdir} is not empty and no lclseg run; choose another --workdir")
+    workdir.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def _flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def predictor(run: Run, state: steps.TrainState) -> evaluation.Predict:
+    """Maps slices [M, H, W] to probabilities [M, H, W, C], in one compiled shape, all devices."""
+    num_devices = jax.local_device_count()
+    per_device = -(-run.config.data.eval_batch_size // num_devices)
+    capacity = per_device * num_devices
+    replicated = flax.jax_utils.replicate(state)
+
+    def predict(images: np.ndarray) -> np.ndarray:
+        padding = np.zeros((capacity - len(images), *images.shape[1:]), images.dtype)
+        full = np.concatenate([images, padding]).reshape(num_devices, per_device, *images.shape[1:])
+        probs = np.asarray(run.predict(replicated, full))
+        return probs.reshape(capacity, *probs.shape[2:])[: len(images)]
+
+    return predict
+
+
+def evaluate_state(run: Run, state: steps.TrainState, volume_ids, **kwargs) -> dict:
+    """Metrics of a state on volumes; see `evaluation.evaluate`."""
+    return evaluation.evaluate(
+        predictor(run, state),
+        run.prepared,
+        volume_ids,
+        batch_size=run.config.data.eval_batch_size,
+        **kwargs,
+    )
+
+
+def batch_maker(run: Run, pseudo_labels: PseudoLabels | None) -> Callable[[int], dict]:
+    """step -> sharded batch: labelled slices, and in the joint stage (pseudo-labels given) pairs."""
+    data, seed = run.config.data, run.config.seed
+    num_devices = jax.local_device_count()
+    labeled = input_pipeline.ground_truth_pool(run.prepared, run.split.labeled)
+    labeled_records = input_pipeline.select_slices(
+        labeled, min_classes=data.min_classes, at_least=1, role="labelled batch"
+    )
+    if pseudo_labels is not None:
+        composition = input_pipeline.PairComposition(**data.pairs)
+        view_classes = data.view_min_classes or run.prepared.num_classes
+        labeled_views = input_pipeline.select_slices(
+            labeled, min_classes=view_classes, at_least=1, role="labelled views"
+        )
+        pseudo_views = input_pipeline.select_slices(
+            input_pipeline.Pool(pseudo_labels.records, pseudo_labels.class_pixels),
+            min_classes=view_classes,
+            at_least=2,
+            role="pseudo-labelled views",
+        )
+
+    def make(step: int) -> dict:
+        records = input_pipeline.draw_labeled(seed, step, labeled_records, data.labeled_batch_size)
+        batch = input_pipeline.read_labeled(run.prepared, records)
+        if pseudo_labels is not None:
+            pairs, is_pseudo = input_pipeline.draw_pairs(
+                seed, step, labeled_views, pseudo_views, composition
+            )
+            batch |= input_pipeline.read_pairs(run.prepared, pseudo_labels, pairs, is_pseudo)
+        return input_pipeline.shard(batch, num_devices)
+
+    return make
+
+
+def fit(
+    run: Run,
+    stage: str,
+    state: steps.TrainState,
+    num_steps: int,
+    pseudo_labels: PseudoLabels | None,
+) -> tuple[Best, list[dict]]:
+    """Trains one stage and returns its best checkpoint and its validation history.
+
+    Goes on from the stage's newest checkpoint if there is one.
+
+    Raises:
+      FloatingPointError: the loss is not finite.
+    """
+    rounds = run.config.rounds
+    train_step = run.train_steps["baseline" if pseudo_labels is None else "joint"]
+    make_batch = batch_maker(run, pseudo_labels)
+    first_step = int(state.step)  # the stage's first step, counted over the whole run
+    history: list[dict] = []
+    with checkpoint.open_stage(run.workdir / "checkpoints" / stage) as manager:
+        done = manager.latest_step() or 0
+        if done:
+            latest, progress = checkpoint.restore(manager, done, state)
+            history = progress["validation"]
+            logger.info("%s: going on from step %d of %d", stage, done, num_steps)
+        else:
+            latest = state
+        replicated = flax.jax_utils.replicate(latest)
+        batches = input_pipeline.read_ahead(make_batch, first_step + done, first_step + num_steps)
+        bar = tqdm(batches, stage, num_steps, initial=done, unit="step", disable=None)
+        for number, batch in enumerate(bar, start=done + 1):
+            replicated, metrics = train_step(replicated, batch, run.key)
+            if number % run.config.log.every == 0 or number == num_steps:
+                scalars = {k: float(v[0]) for k, v in metrics.items()}
+                log_scalars(run, stage, number, scalars)
+                bar.set_postfix(loss=f"{scalars['loss']:.3f}", refresh=False)
+                if not all(map(math.isfinite, scalars.values())):
+                    raise FloatingPointError(
+                        f"{stage}, step {number}: {scalars}; try a lower optimizer.learning_rate "
+                        "or loss.contrastive_weight"
+                    )
+            if number % rounds.eval_every == 0 or number == num_steps:
+                current = flax.jax_utils.unreplicate(replicated)
+                dice = validate(run, current)
+                history.append({"step": number, **dice})
+                log_scalars(run, stage, number, {"validation_dice": dice["mean_dice"]})
+                checkpoint.save(
+                    manager, number, current, {"validation": history}, dice["mean_dice"]
+                )
+        manager.wait_until_finished()
+        best_step = manager.best_step()
+        best, _ = checkpoint.restore(manager, best_step, state)
+    score = next(h["mean_dice"] for h in history if h["step"] == best_step)
+    logger.info("%s: best validation Dice %.4f at step %d", stage, score, best_step)
+    return Best(best, score, stage), history
+
+
+def validate(run: Run, state: steps.TrainState) -> dict:
+    """Validation Dice: {"mean_dice": float, "dice_per_class": {name: float}}."""
+    summary = evaluate_state(run, state, run.split.validation, with_distances=False)
+    if summary["mean_dice"] is None:
+        raise ConfigError("the validation volumes show none of the classes; set data.validation")
+    return {k: summary[k] for k in ("mean_dice", "dice_per_class")}
+
+
+def log_scalars(run: Run, stage: str, step: int, scalars: dict[str, float]) -> None:
+    """Appends a line to metrics.jsonl."""
+    with (run.workdir / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"stage": stage, "step": step, **scalars}) + "\n")
+
+
+def finish_stage(
+    run: Run,
+    results: dict,
+    best: Best,
+    history: list[dict],
+    started: float,
+    pseudo_labels: PseudoLabels | None,
+) -> None:
+    """Tests a stage's best checkpoint, once, and writes results.json."""
+    if best.stage in results["results"]:
+        return
+    test = evaluate_state(
+        run,
+        best.state,
+        run.split.test,
+        with_distances=True,
+        save_to=run.workdir / "predictions" / best.stage,
+    )
+    results["results"][best.stage] = {
+        "test": test,
+        "best_validation_dice": best.validation_dice,
+        "validation": history,
+        "pseudo_labels": pseudo_labels.report if pseudo_labels else None,
+        "seconds": round(time.monotonic() - started, 1),
+    }
+    report.write_json(run.workdir / "results.json", results)
+
+
+def pseudo_label_pool(
+    run: Run, best: Best, round_number: int, previous: PseudoLabels | None
+) -> PseudoLabels:
+    """Pseudo-labels for a round by the best state; read from disk where they are complete."""
+    folder = run.workdir / "pseudo_labels" / f"round_{round_number}"
+    if (folder / "report.json").exists():
+        return load_pseudo_labels(folder, run.prepared, run.split.unlabeled)
+    return make_pseudo_labels(
+        predictor(run, best.state),
+        run.prepared,
+        run.split.unlabeled,
+        folder,
+        batch_size=run.config.data.eval_batch_size,
+        previous=previous,
+    )
+
+
+def run_round(
+    run: Run, results: dict, round_number: int, best: Best, pseudo_labels: PseudoLabels
+) -> tuple[Best, PseudoLabels]:
+    """One round: joint training on the pseudo-labels, then new pseudo-labels by the best state.
+
+    The round starts from the best state so far: from the baseline with fresh heads, from a later
+    state with its own.
+    """
+    started = time.monotonic()
+    rounds = run.config.rounds
+    first_step = rounds.baseline_steps + (round_number - 1) * rounds.steps_per_round
+    optimizer = run.optimizers["joint"]
+    start = best.state
+    if best.stage == "baseline" and rounds.fresh_heads:
+        start = steps.warm_start(start, initial_state(run, round_number))
+    state = steps.restart(start, optimizer, step=first_step)
+    reached, history = fit(
+        run, f"round_{round_number}", state, rounds.steps_per_round, pseudo_labels
+    )
+    finish_stage(run, results, reached, history, started, pseudo_labels)
+    if reached.validation_dice >= best.validation_dice:
+        best = reached
+    return best, pseudo_label_pool(run, best, round_number + 1, pseudo_labels)
+
+
+def initial_state(run: Run, number: int) -> steps.TrainState:
+    """A fresh state; number 0 starts the baseline, number k gives round k its heads."""
+    return steps.create_train_state(
+        jax.random.fold_in(run.key, number),
+        run.model,
+        run.optimizers["baseline"],
+        image_size=run.config.data.image_size,
+    )
+
+
+def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict:
+    """Runs baseline and rounds, writes everything below `workdir`, returns results.json's content.
+
+    Started again with the same config and workdir, it goes on where it stopped.
+    """
+    started = time.monotonic()
+    run = start_run(config, workdir)
+    results = report.read_json(workdir / "results.json") or report.new_results(
+        config, run.prepared, run.split
+    )
+    best, history = fit(run, "baseline", initial_state(run, 0), config.rounds.baseline_steps, None)
+    finish_stage(run, results, best, history, started, None)
+    if config.rounds.num_rounds:
+        pseudo_labels = pseudo_label_pool(run, best, 1, None)
+    for round_number in range(1, config.rounds.num_rounds + 1):
+        best, pseudo_labels = run_round(run, results, round_number, best, pseudo_labels)
+    results["chosen"] = best.stage
+    report.write_json(workdir / "results.json", results)
+    return results

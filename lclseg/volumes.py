@@ -1,0 +1,208 @@
+"""NIfTI volumes: reading with checks, writing, and the maps between native and training geometry.
+
+Letters: X Y S native volume (slices on the last axis), H W training grid. No JAX in here, so that
+preprocessing workers start fast.
+
+One map per in-plane axis does resampling and crop-or-pad together: training pixel o lies at the
+native index (o - (H - 1) / 2) * target / spacing + (X - 1) / 2; the centres of both grids coincide
+and both spacings are kept exactly. The way back is the same map solved for o.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import nibabel as nib
+import numpy as np
+
+AFFINE_TOLERANCE = 1e-3
+
+
+class VolumeError(ValueError):
+    """A file or volume that cannot be used; the message names it, what was found and wanted."""
+
+
+class Volume(NamedTuple):
+    """One scan in native geometry.
+
+    Attributes:
+      image: [X, Y, S] float32.
+      label: [X, Y, S] uint8, or None where there is no ground truth.
+      affine: [4, 4] float64, voxel index to mm.
+      spacing_mm: voxel size along X, Y, S, from the header.
+    """
+
+    image: np.ndarray
+    label: np.ndarray | None
+    affine: np.ndarray
+    spacing_mm: tuple[float, float, float]
+
+
+def _load_3d(path: Path) -> tuple[np.ndarray, nib.Nifti1Image]:
+    try:
+        file = nib.load(path)
+        data = np.asarray(file.dataobj)
+    except FileNotFoundError:
+        raise VolumeError(f"{path}: no such file") from None
+    except (
+        Exception
+    ) as error:  # nibabel raises a dozen types, zlib, EOFError and OSError among them
+        raise VolumeError(
+            f"{path}: not readable as NIfTI ({type(error).__name__}: {error}); "
+            "the file is damaged or of another format: copy or download it again"
+        ) from error
+    if data.ndim != 3 or 0 in data.shape:
+        raise VolumeError(f"{path}: found an array of shape {data.shape}; wanted a 3-D volume")
+    if data.dtype.kind not in "iufb":
+        raise VolumeError(f"{path}: found voxels of type {data.dtype}; wanted real numbers")
+    return data, file
+
+
+def read_image(path: Path) -> Volume:
+    """Reads a 3-D NIfTI image; its label is None.
+
+    Raises:
+      VolumeError: unreadable, not 3-D, NaN or infinite or constant voxels, spacing not positive.
+    """
+    data, file = _load_3d(path)
+    image = data.astype(np.float32)
+    if not np.isfinite(image).all():
+        bad = int((~np.isfinite(image)).sum())
+        raise VolumeError(f"{path}: {bad} voxels are NaN or infinite; wanted finite intensities")
+    if image.min() == image.max():
+        raise VolumeError(f"{path}: every voxel is {image.flat[0]:g}; wanted an image")
+    spacing_mm = tuple(float(s) for s in file.header.get_zooms()[:3])
+    if not all(np.isfinite(s) and s > 0 for s in spacing_mm):
+        raise VolumeError(f"{path}: voxel spacing is {spacing_mm} mm; wanted positive numbers")
+    return Volume(image, None, np.asarray(file.affine, np.float64), spacing_mm)
+
+
+def read_label(path: Path, image: Volume, image_path: Path, *, num_classes: int) -> np.ndarray:
+    """Reads the label map that belongs to an image.
+
+    Args:
+      path: NIfTI file with whole numbers 0..num_classes-1 (floats that are whole are fine).
+      image: what `read_image` gave for the image.
+      image_path: named in errors.
+      num_classes: C, background included.
+
+    Returns:
+      [X, Y, S] uint8.
+
+    Raises:
+      VolumeError: unreadable, shape or affine not the image's, values not in 0..C-1.
+    """
+    data, file = _load_3d(path)
+    if data.shape != image.image.shape:
+        raise VolumeError(
+            f"{path}: label has shape {data.shape}, its image {image_path} {image.image.shape}"
+        )
+    if not np.allclose(file.affine, image.affine, atol=AFFINE_TOLERANCE):
+        gap = np.abs(file.affine - image.affine).max()
+        raise VolumeError(
+            f"{path}: label and image {image_path} lie differently in space (affines differ by up "
+            f"to {gap:.3g}); resample one onto the other, or copy the image's header if they match"
+        )
+    values = np.unique(data)
+    if not np.isin(values, np.arange(num_classes)).all():
+        odd = ", ".join(f"{v:g}" for v in values[~np.isin(values, np.arange(num_classes))][:8])
+        raise VolumeError(
+            f"{path}: found label values {odd}; wanted whole numbers 0..{num_classes - 1}"
+        )
+    return data.astype(np.uint8)
+
+
+def write_label(path: Path, label: np.ndarray, affine: np.ndarray, spacing_mm) -> None:
+    """Writes [X, Y, S] labels as a uint8 NIfTI file in millimetres, creating its folder."""
+    file = nib.Nifti1Image(label.astype(np.uint8), affine)
+    file.header.set_zooms(spacing_mm)
+    file.header.set_xyzt_units("mm")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(file, path)
+
+
+def normalize_intensity(image: np.ndarray) -> np.ndarray:
+    """Maps the volume's 1st percentile to 0 and its 99th to 1, without clipping; float32.
+
+    Where these two coincide (a nearly empty volume), minimum and maximum take their place.
+    """
+    low, high = np.percentile(image, (1, 99))
+    if not high > low:
+        low, high = image.min(), image.max()
+    return ((image - low) / (high - low)).astype(np.float32)
+
+
+def _source_index(num_out, spacing_out, num_in, spacing_in) -> np.ndarray:
+    """Index in a line of `num_in` samples under each of `num_out`, centres aligned; [num_out]."""
+    millimetres = (np.arange(num_out) - (num_out - 1) / 2) * spacing_out
+    return millimetres / spacing_in + (num_in - 1) / 2
+
+
+def linear_matrix(num_out: int, spacing_out: float, num_in: int, spacing_in: float) -> np.ndarray:
+    """[num_out, num_in] float32 weights of linear interpolation along one axis, centres aligned.
+
+    Rows beyond the outermost input samples by up to half a sample repeat the outermost; further
+    out they are zero (padding).
+    """
+    index = _source_index(num_out, spacing_out, num_in, spacing_in)
+    inside = (index >= -0.5) & (index <= num_in - 0.5)
+    index = np.clip(index, 0, num_in - 1)
+    low = np.minimum(np.floor(index).astype(int), max(num_in - 2, 0))
+    high = np.minimum(low + 1, num_in - 1)
+    matrix = np.zeros((num_out, num_in), np.float32)
+    rows = np.arange(num_out)
+    np.add.at(matrix, (rows, low), 1 - (index - low))
+    np.add.at(matrix, (rows, high), index - low)
+    return matrix * inside[:, None]
+
+
+def _nearest_index(num_out, spacing_out, num_in, spacing_in) -> tuple[np.ndarray, np.ndarray]:
+    index = _source_index(num_out, spacing_out, num_in, spacing_in)
+    inside = (index >= -0.5) & (index < num_in - 0.5)
+    return np.clip(np.floor(index + 0.5).astype(int), 0, num_in - 1), inside
+
+
+def image_to_grid(image, spacing_mm, *, image_size: int, target_spacing_mm: float) -> np.ndarray:
+    """Resamples linearly and crops or zero-pads about the centre: [X, Y, S] -> [S, H, W] float32.
+
+    Args:
+      image: [X, Y, S] float.
+      spacing_mm: native (x, y, ...) spacing.
+      image_size: H = W.
+      target_spacing_mm: in-plane spacing of the training grid. Through-plane stays as it is.
+    """
+    x, y = image.shape[:2]
+    rows = linear_matrix(image_size, target_spacing_mm, x, spacing_mm[0])
+    columns = linear_matrix(image_size, target_spacing_mm, y, spacing_mm[1])
+    slices = np.moveaxis(np.asarray(image, np.float32), 2, 0)
+    return rows @ slices @ columns.T
+
+
+def label_to_grid(label, spacing_mm, *, image_size: int, target_spacing_mm: float) -> np.ndarray:
+    """As `image_to_grid`, nearest neighbour, background outside: [X, Y, S] int -> [S, H, W]."""
+    x, y = label.shape[:2]
+    rows, row_inside = _nearest_index(image_size, target_spacing_mm, x, spacing_mm[0])
+    columns, column_inside = _nearest_index(image_size, target_spacing_mm, y, spacing_mm[1])
+    slices = np.moveaxis(label, 2, 0)[:, rows[:, None], columns[None, :]]
+    return np.where(row_inside[:, None] & column_inside[None, :], slices, 0).astype(label.dtype)
+
+
+def probs_to_native_label(probs, spacing_mm, shape, *, target_spacing_mm: float) -> np.ndarray:
+    """Inverse of `image_to_grid` for class probabilities, followed by argmax.
+
+    Args:
+      probs: [S, H, W, C] float.
+      spacing_mm: native spacing.
+      shape: native (X, Y).
+      target_spacing_mm: spacing of the grid that `probs` live on.
+
+    Returns:
+      [X, Y, S] uint8. Native pixels outside the training grid are background.
+    """
+    num_slices, height, width, num_classes = probs.shape
+    rows = linear_matrix(shape[0], spacing_mm[0], height, target_spacing_mm)
+    columns = linear_matrix(shape[1], spacing_mm[1], width, target_spacing_mm)
+    label = np.empty((shape[0], shape[1], num_slices), np.uint8)
+    for s in range(num_slices):
+        native = rows @ np.moveaxis(probs[s], 2, 0).astype(np.float32) @ columns.T
+        label[..., s] = native.argmax(axis=0)  # all zero outside the grid: argmax gives class 0
+    return label

@@ -1,0 +1,74 @@
+"""ACDC (Automated Cardiac Diagnosis Challenge): short-axis cine MR, RV, myocardium, LV."""
+
+import functools
+import re
+from pathlib import Path
+
+import tensorflow_datasets as tfds
+
+from lclseg import volumes
+from tfds_builders import slices
+
+CLASS_NAMES = ("RV", "MYO", "LV")
+
+
+def find_cases(folder: Path) -> list[slices.Case]:
+    """The end-diastolic frame of every patient; raises VolumeError on a folder unlike ACDC's.
+
+    End diastole is the earlier of the two frames published as 3-D files: `_frame01`, but
+    `_frame04` for patient090.
+    """
+    places = [folder, folder / "training", folder / "database" / "training"]
+    root = next((p for p in places if any(p.glob("patient[0-9][0-9][0-9]"))), None)
+    if root is None:
+        raise volumes.VolumeError(
+            f"no patientNNN folder in any of {', '.join(map(str, places))}: wanted "
+            "patientNNN/patientNNN_frameFF.nii.gz and ..._frameFF_gt.nii.gz. "
+            f"{Builder.MANUAL_DOWNLOAD_INSTRUCTIONS}"
+        )
+    cases = []
+    for patient in sorted(root.glob("patient[0-9][0-9][0-9]")):
+        frames = sorted(
+            f
+            for f in patient.glob(f"{patient.name}_frame*.nii*")
+            if re.fullmatch(rf"{patient.name}_frame\d+\.nii(\.gz)?", f.name)
+        )
+        if not frames:
+            raise volumes.VolumeError(
+                f"{patient}: no {patient.name}_frameFF.nii.gz in it; unpack the archive again"
+            )
+        image = frames[0]
+        volume_id = image.name.removesuffix(".gz").removesuffix(".nii")
+        label = image.with_name(image.name.replace(volume_id, f"{volume_id}_gt"))
+        cases.append(
+            slices.Case(volume_id, patient.name, str(image), str(label) if label.exists() else None)
+        )
+    return cases
+
+
+class Builder(tfds.core.GeneratorBasedBuilder):
+    """Slices of the end-diastolic ACDC volumes, from `manual_dir`."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    RELEASE_NOTES = {"1.0.0": "First release."}
+    MANUAL_DOWNLOAD_INSTRUCTIONS = (
+        "Register at humanheart-project.creatis.insa-lyon.fr (non-commercial research), download "
+        "the ACDC training set, unpack it, and give the folder that holds patient001, patient002, "
+        "... as --config.data.manual_dir=PATH."
+    )
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return slices.dataset_info(
+            self,
+            class_names=CLASS_NAMES,
+            description="ACDC, end-diastolic frames: right ventricle (1), myocardium (2), left "
+            "ventricle (3).",
+            homepage="https://humanheart-project.creatis.insa-lyon.fr/database",
+        )
+
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager):
+        return {slices.SPLIT: self._generate_examples(Path(dl_manager.manual_dir))}
+
+    def _generate_examples(self, folder: Path):
+        load = functools.partial(slices.load_nifti, num_classes=len(CLASS_NAMES) + 1)
+        yield from slices.generate_examples(self, find_cases(folder), load)

@@ -1,0 +1,193 @@
+"""What the builders share: features of a slice, and volumes -> slices on all cores.
+
+A builder says where its files are, which volumes exist and which labels mean what; here the volumes
+become preprocessed slices. Every slice carries its volume's identity and native geometry, native
+label included, so that training and evaluation need the prepared set only.
+"""
+
+import concurrent.futures
+import dataclasses
+import functools
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import tensorflow_datasets as tfds
+from tqdm import tqdm
+
+from lclseg import volumes
+
+SPLIT = (
+    "slices"  # Roles (labelled, unlabelled, validation, test) are chosen by patient in the config.
+)
+
+
+class Case(NamedTuple):
+    """One volume to prepare.
+
+    Attributes:
+      volume_id: unique name, e.g. patient001_frame01.
+      patient_id: what the lists in the configs name; splits are by patient.
+      image: path of the image (or whatever the builder's `load` understands).
+      label: path of the label, or None for a volume without ground truth.
+    """
+
+    volume_id: str
+    patient_id: str
+    image: str
+    label: str | None
+
+
+@dataclasses.dataclass(eq=False)
+class GridConfig(tfds.core.BuilderConfig):
+    """The options that change bytes on disk.
+
+    Attributes:
+      image_size: H = W of the training grid.
+      target_spacing_mm: its in-plane spacing.
+    """
+
+    image_size: int = 192
+    target_spacing_mm: float = 1.0
+
+
+def grid_config(*, image_size: int, target_spacing_mm: float) -> GridConfig:
+    """A GridConfig under a name that tells its values, so that each lies in a folder of its own."""
+    return GridConfig(
+        name=f"{image_size}px_{target_spacing_mm:g}mm",
+        image_size=image_size,
+        target_spacing_mm=target_spacing_mm,
+    )
+
+
+def dataset_info(
+    builder: tfds.core.DatasetBuilder, *, class_names: Sequence[str], description: str, **kwargs
+) -> tfds.core.DatasetInfo:
+    """DatasetInfo of a slice data set; `class_names` are those of the foreground, labels 1, 2, ..."""
+    size = builder.builder_config.image_size
+    zlib, raw = tfds.features.Encoding.ZLIB, tfds.features.Encoding.BYTES
+    tensor = tfds.features.Tensor
+    features = {
+        "volume_id": tfds.features.Text(),
+        "patient_id": tfds.features.Text(),
+        "slice_index": np.int32,
+        "num_slices": np.int32,
+        "has_label": np.bool_,
+        "image": tensor(shape=(size, size), dtype=np.float32, encoding=raw),
+        "label": tensor(shape=(size, size), dtype=np.uint8, encoding=zlib),
+        "native_label": tensor(shape=(None, None), dtype=np.uint8, encoding=zlib),
+        "native_shape": tensor(shape=(3,), dtype=np.int32),
+        "spacing_mm": tensor(shape=(3,), dtype=np.float64),
+        "affine": tensor(shape=(4, 4), dtype=np.float64),
+    }
+    return tfds.core.DatasetInfo(
+        builder=builder,
+        description=description,
+        features=tfds.features.FeaturesDict(features),
+        # `volumes`, filled by `generate_examples`, is the index of the set: it is read whole at
+        # start-up, so that no slice needs to be.
+        metadata=tfds.core.MetadataDict(class_names=list(class_names), volumes=[]),
+        disable_shuffling=True,  # slices of a volume stay together and in order
+        **kwargs,
+    )
+
+
+def load_nifti(case: Case, *, num_classes: int) -> volumes.Volume:
+    """Reads a case whose image and label are NIfTI paths; raises `volumes.VolumeError`."""
+    image = volumes.read_image(Path(case.image))
+    if case.label is None:
+        return image
+    label = volumes.read_label(Path(case.label), image, Path(case.image), num_classes=num_classes)
+    return image._replace(label=label)
+
+
+def _prepare(
+    case: Case,
+    *,
+    load: Callable[[Case], volumes.Volume],
+    image_size: int,
+    target_spacing_mm: float,
+) -> list[dict]:
+    """The slices of one case, in order along the last axis."""
+    volume = load(case)
+    grid = {"image_size": image_size, "target_spacing_mm": target_spacing_mm}
+    image = volumes.image_to_grid(
+        volumes.normalize_intensity(volume.image), volume.spacing_mm, **grid
+    )
+    has_label = volume.label is not None
+    native_label = volume.label if has_label else np.zeros(volume.image.shape, np.uint8)
+    label = volumes.label_to_grid(native_label, volume.spacing_mm, **grid)
+    return [
+        {
+            "volume_id": case.volume_id,
+            "patient_id": case.patient_id,
+            "slice_index": s,
+            "num_slices": len(image),
+            "has_label": has_label,
+            "image": image[s],
+            "label": label[s],
+            "native_label": native_label[..., s],
+            "native_shape": np.asarray(volume.image.shape, np.int32),
+            "spacing_mm": np.asarray(volume.spacing_mm, np.float64),
+            "affine": np.asarray(volume.affine, np.float64),
+        }
+        for s in range(len(image))
+    ]
+
+
+def generate_examples(
+    builder: tfds.core.DatasetBuilder,
+    cases: Sequence[Case],
+    load: Callable[[Case], volumes.Volume],
+) -> Iterator[tuple[int, dict]]:
+    """Yields (key, slice), volume after volume, prepared on all cores; indexes them in the metadata.
+
+    Args:
+      builder: gives class names and training grid.
+      cases: what to prepare; ids must be unique.
+      load: module-level function, Case -> Volume; runs in worker processes.
+
+    Raises:
+      volumes.VolumeError: what `load` raised first, or two cases of one id.
+    """
+    ids = [case.volume_id for case in cases]
+    repeated = sorted({i for i in ids if ids.count(i) > 1})
+    if repeated:
+        raise volumes.VolumeError(f"volume ids occur twice: {', '.join(repeated[:8])}")
+    metadata = builder.info.metadata
+    num_classes = len(metadata["class_names"]) + 1
+    prepare = functools.partial(
+        _prepare,
+        load=load,
+        image_size=builder.builder_config.image_size,
+        target_spacing_mm=builder.builder_config.target_spacing_mm,
+    )
+    metadata["volumes"] = []
+    key = 0
+    workers = min(len(os.sched_getaffinity(0)), len(cases))
+    # Spawned, not forked: the parent may hold JAX's threads.
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
+        try:
+            prepared = pool.map(prepare, cases)
+            for examples in tqdm(prepared, "preparing volumes", len(cases), disable=None):
+                pixels = [np.bincount(e["label"].ravel(), minlength=num_classes) for e in examples]
+                metadata["volumes"].append(
+                    {
+                        "volume_id": examples[0]["volume_id"],
+                        "patient_id": examples[0]["patient_id"],
+                        "has_label": examples[0]["has_label"],
+                        "first_slice": key,
+                        # Per slice and class, on the training grid.
+                        "class_pixels": np.stack(pixels).tolist(),
+                    }
+                )
+                for example in examples:
+                    yield key, example
+                    key += 1
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
