@@ -74,6 +74,7 @@ def get_config() -> ConfigDict:
     rounds.baseline_steps = 5000
     rounds.num_rounds = 3
     rounds.steps_per_round = 5000
+    rounds.baseline_from = ""  # workdir of a run whose finished baseline this run takes over
     rounds.eval_every = 50  # steps between validations
     rounds.fresh_heads = True  # joint training starts both heads afresh
 

@@ -10,6 +10,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +31,30 @@ from lclseg.splits import Split, resolve_split
 
 AXIS = "devices"
 logger = logging.getLogger("lclseg")
+
+# Prefixes of the config keys that the baseline does not depend on.
+JOINT_ONLY_KEYS = (
+    "num_cpu_devices",
+    "data.data_dir",
+    "data.manual_dir",
+    "data.pool",
+    "data.unlabeled",
+    "data.view_min_classes",
+    "data.pairs.",
+    "loss.contrastive_weight",
+    "loss.temperature",
+    "loss.pixels_per_class",
+    "loss.matching",
+    "loss.include_background",
+    "loss.pseudo_label_weight",
+    "loss.separate_batch_norm",
+    "augment.view_",
+    "rounds.num_rounds",
+    "rounds.steps_per_round",
+    "rounds.fresh_heads",
+    "rounds.baseline_from",
+    "log.",
+)
 
 
 class ConfigError(ValueError):
@@ -173,9 +198,8 @@ def claim_workdir(config: ConfigDict, workdir: Path) -> None:
     path = workdir / "config.json"
     text = config.to_json_best_effort(indent=2, sort_keys=True) + "\n"
     if path.exists():
-        if json.loads(path.read_text()) != json.loads(text):
-            before, now = _flatten(json.loads(path.read_text())), _flatten(json.loads(text))
-            keys = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
+        keys = differing_keys(json.loads(path.read_text()), json.loads(text))
+        if keys:
             raise ConfigError(
                 f"{workdir} holds a run with other values of {', '.join(keys[:8])}; go on with its "
                 "config, or choose another --workdir"
@@ -187,14 +211,40 @@ def claim_workdir(config: ConfigDict, workdir: Path) -> None:
     path.write_text(text)
 
 
-def _flatten(tree: dict, prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
+def differing_keys(before: dict, now: dict, prefix: str = "") -> list[str]:
+    """Dotted names of the values in which two configs, read from JSON, differ."""
+    keys = []
+    for key in sorted(before.keys() | now.keys()):
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            keys += differing_keys(old, new, f"{prefix}{key}.")
+        elif old != new:
+            keys.append(prefix + key)
+    return keys
+
+
+def take_over_baseline(run: Run, results: dict) -> None:
+    """Copies the finished baseline of `rounds.baseline_from`, another workdir, into this run.
+
+    Raises:
+      ConfigError: no finished baseline there, or one of another config.
+    """
+    source = Path(run.config.rounds.baseline_from).expanduser()
+    theirs = report.read_json(source / "results.json")
+    if theirs is None or "baseline" not in theirs["results"]:
+        raise ConfigError(f"rounds.baseline_from: no finished baseline in {source}")
+    ours = json.loads((run.workdir / "config.json").read_text())
+    keys = differing_keys(json.loads((source / "config.json").read_text()), ours)
+    keys = [k for k in keys if not k.startswith(JOINT_ONLY_KEYS)]
+    if keys:
+        raise ConfigError(
+            f"rounds.baseline_from: the baseline in {source} has other values of "
+            f"{', '.join(keys[:8])}"
+        )
+    for folder in ("checkpoints/baseline", "predictions/baseline"):
+        shutil.copytree(source / folder, run.workdir / folder, dirs_exist_ok=True)
+    results["results"]["baseline"] = theirs["results"]["baseline"]
+    report.write_json(run.workdir / "results.json", results)
 
 
 def predictor(run: Run, state: steps.TrainState) -> evaluation.Predict:
@@ -419,6 +469,8 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict:
     results = report.read_json(workdir / "results.json") or report.new_results(
         config, run.prepared, run.split
     )
+    if config.rounds.baseline_from and "baseline" not in results["results"]:
+        take_over_baseline(run, results)
     best, history = fit(run, "baseline", initial_state(run, 0), config.rounds.baseline_steps, None)
     finish_stage(run, results, best, history, started, None)
     if config.rounds.num_rounds:

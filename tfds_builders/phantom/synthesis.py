@@ -49,22 +49,22 @@ RV_DEPTH_MM = (19.0, 36.0)
 RV_HALF_ANGLE_DEG = (48.0, 82.0)
 RV_APEX_HEIGHT = (0.05, 0.35)
 RV_SKEW = (-0.45, 0.45)
-ROTATION_DEG = (-80.0, 80.0)
+ROTATION_DEG = (-50.0, 50.0)
 OFFSET_MM = (-16.0, 16.0)
 TILT_MM = (-9.0, 9.0)  # drift of the axis from apex to base
 BREATHING_MM = 0.9  # standard deviation of one slice's shift against the others
-OPEN_BASE_FRACTION = 0.25
+OPEN_BASE_FRACTION = 0.15
 LEAFLET_MM = 2.5
 PAPILLARY_RADIUS_MM = (2.5, 6.0)
 
 # Appearance, relative to the LV blood pool.
-MYO_LEVEL = (0.22, 0.70)
-RV_CONTRAST = (-0.35, 0.3)  # RV minus LV blood, relative to LV blood minus myocardium
+MYO_LEVEL = (0.22, 0.60)
+RV_CONTRAST = (-0.2, 0.2)  # RV minus LV blood, relative to LV blood minus myocardium
 LIVER_TO_MYO = (0.7, 1.6)
 MUSCLE_TO_MYO = (0.6, 1.3)
 LUNG_LEVEL = (0.02, 0.25)
-FAT_LEVEL = (0.35, 2.2)
-FAT_MM = (1.0, 7.0)  # mean thickness of the fat around the heart
+FAT_LEVEL = (0.5, 1.6)
+FAT_MM = (1.0, 5.0)  # mean thickness of the fat around the heart
 VESSEL_LEVEL = (0.8, 1.25)  # per vessel
 NUM_VESSELS = (2, 5)
 NUM_LOBES = (2, 5)  # other soft tissue and fat near the heart
@@ -77,10 +77,10 @@ DISC_STRETCH = 1.3  # largest; the ratio of the axes is its square
 DISC_DRIFT_MM = 8.0  # standard deviation of the shift over the whole stack
 
 # Scanner.
-BIAS = (0.1, 0.4)  # standard deviation of the log of the coil's shading
+BIAS = (0.1, 0.3)  # standard deviation of the log of the coil's shading
 TEXTURE = (0.02, 0.09)
-BLUR_MM = (0.5, 1.5)
-CONTRAST_TO_NOISE = (5.0, 18.0)  # blood against myocardium
+BLUR_MM = (0.5, 1.2)
+CONTRAST_TO_NOISE = (7.0, 18.0)  # blood against myocardium
 GHOST = (0.0, 0.07)
 SLICE_GAIN = 0.06  # standard deviation of the log
 LOG10_SCALE = (0.5, 3.5)
