@@ -54,8 +54,8 @@ def ground_truth_pool(prepared: PreparedSet, volume_ids) -> Pool:
 def select_slices(pool: Pool, *, min_classes: int, at_least: int, role: str) -> np.ndarray:
     """Records of the slices that show at least `min_classes` classes, background included.
 
-    Where fewer than `at_least` do, the demand is relaxed class by class, and this is logged: a small
-    pool never starves the training silently.
+    Where fewer than `at_least` do, the demand is relaxed class by class, and this is logged: a
+    small pool never starves the training silently.
 
     Raises:
       ValueError: the pool holds fewer than `at_least` slices.

@@ -1,15 +1,16 @@
-"""python -m lclseg.main --config=configs/acdc.py [--workdir=DIR] [--config.group.field=value ...]"""
+"""python -m lclseg.main --config=configs/acdc.py [--workdir=DIR] [--config.group.field=value]"""
 
 import logging
 import sys
 from pathlib import Path
 
-import jax
 import absl.logging
+import jax
 from absl import app, flags
 from ml_collections import config_flags
 
 from lclseg import report, train
+from lclseg.configuration import ConfigError
 from lclseg.splits import SplitError
 from lclseg.volumes import VolumeError
 
@@ -33,7 +34,7 @@ def main(argv):
     train.use_cpu_devices(config)
     try:
         results = train.train_and_evaluate(config, workdir)
-    except (train.ConfigError, SplitError, VolumeError) as error:
+    except (ConfigError, SplitError, VolumeError) as error:
         sys.exit(f"lclseg: {error}")
     print(f"\n{report.table(results)}\n\n{workdir}")
 

@@ -27,7 +27,7 @@ class VolumeEntry(NamedTuple):
 
 
 class NativeVolume(NamedTuple):
-    """Geometry of a volume as its file had it; `label` [X, Y, S] uint8, None without ground truth."""
+    """A volume as its file had it; `label` [X, Y, S] uint8, None without ground truth."""
 
     label: np.ndarray | None
     shape: tuple[int, int, int]
@@ -94,7 +94,8 @@ def open_prepared(
       manual_dir: folder with the downloaded volumes, for data sets that need one.
 
     Raises:
-      volumes.VolumeError: no such builder; data folder missing or laid out differently; broken file.
+      volumes.VolumeError: no such builder; data folder missing or unlike the published one; a
+        broken file.
     """
     module_name = f"tfds_builders.{name}.{name}_dataset_builder"
     try:
@@ -137,8 +138,8 @@ def _prepare(builder: tfds.core.DatasetBuilder, name: str, manual_dir: str) -> N
     if instructions:
         if not manual_dir:
             raise volumes.VolumeError(
-                f"data set {name} is not prepared in {builder.data_dir}, and data.manual_dir is not "
-                f"set. {instructions}"
+                f"data set {name} is not prepared in {builder.data_dir}, and data.manual_dir is "
+                f"not set. {instructions}"
             )
         folder = Path(manual_dir).expanduser()
         if not folder.is_dir():

@@ -83,8 +83,8 @@ def table(results: dict) -> str:
     volumes = results["volumes"]
     caption = (
         f"{results['dataset']}: {len(volumes['labeled'])} labelled, {len(volumes['unlabeled'])} "
-        f"unlabelled, {len(volumes['validation'])} validation, {len(volumes['test'])} test volumes; "
-        f"split {results['split']}, seed {results['seed']}; * best on validation"
+        f"unlabelled, {len(volumes['validation'])} validation, {len(volumes['test'])} test "
+        f"volumes; split {results['split']}, seed {results['seed']}; * best on validation"
     )
     return "\n".join([caption, "", *(line.rstrip() for line in lines)])
 

@@ -33,7 +33,8 @@ def resolve_split(data_config, volumes: Mapping[str, VolumeEntry]) -> Split:
 
     Raises:
       SplitError: no such split; a patient twice, in two roles, not in the data set, or without
-        ground truth where that is needed; an empty role (unlabelled may be: an upper bound has none).
+        ground truth where that is needed; an empty role (only the
+        unlabelled one may be: an upper bound has none).
     """
     by_size = data_config.splits.get(str(data_config.num_labeled))
     chosen = by_size.get(data_config.split) if by_size is not None else None

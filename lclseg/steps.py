@@ -5,7 +5,7 @@ labelled slices, P local pairs, H W pixels, C classes.
 
 Gradients over devices: each device differentiates its local *sum* divided by the global count, then
 gradients are summed over devices. BatchNorm averages its statistics over devices inside the forward
-pass, and the reverse of that average is part of the gradient, so N devices give the gradient of one.
+pass, and the reverse of that average is part of the gradient: N devices give the gradient of one.
 """
 
 import functools
@@ -77,9 +77,9 @@ def create_train_state(
 ) -> TrainState:
     """A state at step 0; raises ValueError if the image size does not fit the model.
 
-    Kernels are He-normal (normal truncated at 2 sigma, variance 2 / fan_in, as Flax has it), BatchNorm
-    starts as the identity. All kernels come from one draw: Flax's own initialisation compiles a
-    random-number program for each, ten seconds in all.
+    Kernels are He-normal (normal truncated at 2 sigma, variance 2 / fan_in, as Flax has it),
+    BatchNorm starts as the identity. All kernels come from one draw: Flax's own initialisation
+    compiles a random-number program for each, ten seconds in all.
     """
     slices = jax.ShapeDtypeStruct((1, image_size, image_size), jnp.float32)
     shapes = jax.eval_shape(functools.partial(model.init, train=False), key, slices)
@@ -246,7 +246,7 @@ def _forward(
     pairs = batch["pair_image"]
     views = pairs.reshape(-1, *pairs.shape[2:])
     if options.separate_batch_norm:
-        # The views' statistics normalise the views only; the running ones come from labelled slices.
+        # The views' statistics normalise the views only; the running ones are the labelled slices'.
         (logits, _), updates = apply(variables, batch["image"])
         apply_pairs = nn.apply(run_pairs, model, mutable=["batch_stats"])
         (pair_logits, embeddings), _ = apply_pairs(variables, views)

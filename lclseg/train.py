@@ -14,7 +14,7 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.jax_utils
 import jax
@@ -24,6 +24,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from lclseg import checkpoint, evaluation, input_pipeline, report, steps
+from lclseg.configuration import JOINT_ONLY, ConfigError, check_config, differing_keys
 from lclseg.models import UNet
 from lclseg.prepared import PreparedSet, open_prepared
 from lclseg.pseudo_labels import PseudoLabels, load_pseudo_labels, make_pseudo_labels
@@ -31,34 +32,6 @@ from lclseg.splits import Split, resolve_split
 
 AXIS = "devices"
 logger = logging.getLogger("lclseg")
-
-# Prefixes of the config keys that the baseline does not depend on.
-JOINT_ONLY_KEYS = (
-    "num_cpu_devices",
-    "data.data_dir",
-    "data.manual_dir",
-    "data.pool",
-    "data.unlabeled",
-    "data.view_min_classes",
-    "data.pairs.",
-    "loss.contrastive_weight",
-    "loss.temperature",
-    "loss.pixels_per_class",
-    "loss.matching",
-    "loss.include_background",
-    "loss.pseudo_label_weight",
-    "loss.separate_batch_norm",
-    "augment.view_",
-    "rounds.num_rounds",
-    "rounds.steps_per_round",
-    "rounds.fresh_heads",
-    "rounds.baseline_from",
-    "log.",
-)
-
-
-class ConfigError(ValueError):
-    """A config that cannot be run; the message names the keys and the way out."""
 
 
 class Best(NamedTuple):
@@ -111,12 +84,9 @@ def use_cpu_devices(config: ConfigDict) -> None:
 def make_optimizer(config: ConfigDict, num_steps: int) -> optax.GradientTransformation:
     """Adam, with the config's learning rate, constant or decaying to 0 over the stage."""
     rate = config.learning_rate
-    match config.schedule:
-        case "constant":
-            return optax.adam(rate)
-        case "cosine":
-            return optax.adam(optax.cosine_decay_schedule(rate, num_steps))
-    raise ConfigError(f"optimizer.schedule is {config.schedule!r}; wanted constant or cosine")
+    if config.schedule == "cosine":
+        rate = optax.cosine_decay_schedule(rate, num_steps)
+    return optax.adam(rate)
 
 
 def start_run(config: ConfigDict, workdir: Path) -> Run:
@@ -125,17 +95,7 @@ def start_run(config: ConfigDict, workdir: Path) -> Run:
     Raises:
       ConfigError, SplitError, VolumeError: before any work is lost.
     """
-    num_devices = jax.local_device_count()
-    num_pairs = sum(config.data.pairs.values())
-    for name, size in (
-        ("data.labeled_batch_size", config.data.labeled_batch_size),
-        ("the sum of data.pairs", num_pairs),
-    ):
-        if size == 0 or size % num_devices:
-            raise ConfigError(
-                f"{name} is {size}; wanted a multiple of the {num_devices} devices (batch sizes are "
-                "global)"
-            )
+    check_config(config, num_devices=jax.local_device_count())
     prepared = open_prepared(
         config.data.name,
         image_size=config.data.image_size,
@@ -211,18 +171,6 @@ def claim_workdir(config: ConfigDict, workdir: Path) -> None:
     path.write_text(text)
 
 
-def differing_keys(before: dict, now: dict, prefix: str = "") -> list[str]:
-    """Dotted names of the values in which two configs, read from JSON, differ."""
-    keys = []
-    for key in sorted(before.keys() | now.keys()):
-        old, new = before.get(key), now.get(key)
-        if isinstance(old, dict) and isinstance(new, dict):
-            keys += differing_keys(old, new, f"{prefix}{key}.")
-        elif old != new:
-            keys.append(prefix + key)
-    return keys
-
-
 def take_over_baseline(run: Run, results: dict) -> None:
     """Copies the finished baseline of `rounds.baseline_from`, another workdir, into this run.
 
@@ -235,7 +183,7 @@ def take_over_baseline(run: Run, results: dict) -> None:
         raise ConfigError(f"rounds.baseline_from: no finished baseline in {source}")
     ours = json.loads((run.workdir / "config.json").read_text())
     keys = differing_keys(json.loads((source / "config.json").read_text()), ours)
-    keys = [k for k in keys if not k.startswith(JOINT_ONLY_KEYS)]
+    keys = [k for k in keys if not k.startswith(JOINT_ONLY)]
     if keys:
         raise ConfigError(
             f"rounds.baseline_from: the baseline in {source} has other values of "
@@ -275,7 +223,7 @@ def evaluate_state(run: Run, state: steps.TrainState, volume_ids, **kwargs) -> d
 
 
 def batch_maker(run: Run, pseudo_labels: PseudoLabels | None) -> Callable[[int], dict]:
-    """step -> sharded batch: labelled slices, and in the joint stage (pseudo-labels given) pairs."""
+    """step -> sharded batch: labelled slices, and in the joint stage (with pseudo-labels) pairs."""
     data, seed = run.config.data, run.config.seed
     num_devices = jax.local_device_count()
     labeled = input_pipeline.ground_truth_pool(run.prepared, run.split.labeled)

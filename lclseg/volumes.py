@@ -37,7 +37,7 @@ class Volume(NamedTuple):
     spacing_mm: tuple[float, float, float]
 
 
-def _load_3d(path: Path) -> tuple[np.ndarray, nib.Nifti1Image]:
+def _load_3d(path: Path, channel: int | None = None) -> tuple[np.ndarray, nib.Nifti1Image]:
     try:
         file = nib.load(path)
         data = np.asarray(file.dataobj)
@@ -50,6 +50,13 @@ def _load_3d(path: Path) -> tuple[np.ndarray, nib.Nifti1Image]:
             f"{path}: not readable as NIfTI ({type(error).__name__}: {error}); "
             "the file is damaged or of another format: copy or download it again"
         ) from error
+    if channel is not None:
+        if data.ndim != 4 or data.shape[3] <= channel:
+            raise VolumeError(
+                f"{path}: found an array of shape {data.shape}; wanted a 4-D file with at least "
+                f"{channel + 1} channels, of which channel {channel} is the image"
+            )
+        data = data[..., channel]
     if data.ndim != 3 or 0 in data.shape:
         raise VolumeError(f"{path}: found an array of shape {data.shape}; wanted a 3-D volume")
     if data.dtype.kind not in "iufb":
@@ -57,13 +64,17 @@ def _load_3d(path: Path) -> tuple[np.ndarray, nib.Nifti1Image]:
     return data, file
 
 
-def read_image(path: Path) -> Volume:
+def read_image(path: Path, *, channel: int | None = None) -> Volume:
     """Reads a 3-D NIfTI image; its label is None.
+
+    Args:
+      path: NIfTI file.
+      channel: which one of a 4-D file (X Y S channels) is the image; None: the file is 3-D.
 
     Raises:
       VolumeError: unreadable, not 3-D, NaN or infinite or constant voxels, spacing not positive.
     """
-    data, file = _load_3d(path)
+    data, file = _load_3d(path, channel)
     image = data.astype(np.float32)
     if not np.isfinite(image).all():
         bad = int((~np.isfinite(image)).sum())
@@ -74,6 +85,34 @@ def read_image(path: Path) -> Volume:
     if not all(np.isfinite(s) and s > 0 for s in spacing_mm):
         raise VolumeError(f"{path}: voxel spacing is {spacing_mm} mm; wanted positive numbers")
     return Volume(image, None, np.asarray(file.affine, np.float64), spacing_mm)
+
+
+def read_raw_label(path: Path, image: Volume, image_path: Path) -> np.ndarray:
+    """Reads the label map that belongs to an image, its values as the file has them.
+
+    Args:
+      path: NIfTI file.
+      image: what `read_image` gave for the image.
+      image_path: named in errors.
+
+    Returns:
+      [X, Y, S] of the file's type.
+
+    Raises:
+      VolumeError: unreadable, shape or affine not the image's.
+    """
+    data, file = _load_3d(path)
+    if data.shape != image.image.shape:
+        raise VolumeError(
+            f"{path}: label has shape {data.shape}, its image {image_path} {image.image.shape}"
+        )
+    if not np.allclose(file.affine, image.affine, atol=AFFINE_TOLERANCE):
+        gap = np.abs(file.affine - image.affine).max()
+        raise VolumeError(
+            f"{path}: label and image {image_path} lie differently in space (affines differ by up "
+            f"to {gap:.3g}); resample one onto the other, or copy the image's header if they match"
+        )
+    return data
 
 
 def read_label(path: Path, image: Volume, image_path: Path, *, num_classes: int) -> np.ndarray:
@@ -91,17 +130,7 @@ def read_label(path: Path, image: Volume, image_path: Path, *, num_classes: int)
     Raises:
       VolumeError: unreadable, shape or affine not the image's, values not in 0..C-1.
     """
-    data, file = _load_3d(path)
-    if data.shape != image.image.shape:
-        raise VolumeError(
-            f"{path}: label has shape {data.shape}, its image {image_path} {image.image.shape}"
-        )
-    if not np.allclose(file.affine, image.affine, atol=AFFINE_TOLERANCE):
-        gap = np.abs(file.affine - image.affine).max()
-        raise VolumeError(
-            f"{path}: label and image {image_path} lie differently in space (affines differ by up "
-            f"to {gap:.3g}); resample one onto the other, or copy the image's header if they match"
-        )
+    data = read_raw_label(path, image, image_path)
     values = np.unique(data)
     if not np.isin(values, np.arange(num_classes)).all():
         odd = ", ".join(f"{v:g}" for v in values[~np.isin(values, np.arange(num_classes))][:8])
@@ -198,7 +227,7 @@ def probs_to_native_label(probs, spacing_mm, shape, *, target_spacing_mm: float)
     Returns:
       [X, Y, S] uint8. Native pixels outside the training grid are background.
     """
-    num_slices, height, width, num_classes = probs.shape
+    num_slices, height, width = probs.shape[:3]
     rows = linear_matrix(shape[0], spacing_mm[0], height, target_spacing_mm)
     columns = linear_matrix(shape[1], spacing_mm[1], width, target_spacing_mm)
     label = np.empty((shape[0], shape[1], num_slices), np.uint8)

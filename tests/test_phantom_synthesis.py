@@ -157,8 +157,9 @@ def test_appearance_varies_between_subjects(volumes):
         image = (image - low) / (high - low)
         blood.append(image[label == LV].mean())
         wall.append(image[label == MYO].mean())
-    # One threshold for all cannot part blood from wall: the dimmest blood is as dark as many walls.
-    assert np.percentile(wall, 90) > np.percentile(blood, 15)
+    # One threshold for all cannot part blood from wall: the brightest walls outshine the dimmest
+    # blood by more than one subject on either side.
+    assert np.sort(wall)[-2] > np.sort(blood)[1]
 
 
 def test_geometry_varies_between_subjects(volumes):

@@ -8,6 +8,7 @@ label included, so that training and evaluation need the prepared set only.
 import concurrent.futures
 import dataclasses
 import functools
+import json
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -66,7 +67,7 @@ def grid_config(*, image_size: int, target_spacing_mm: float) -> GridConfig:
 def dataset_info(
     builder: tfds.core.DatasetBuilder, *, class_names: Sequence[str], description: str, **kwargs
 ) -> tfds.core.DatasetInfo:
-    """DatasetInfo of a slice data set; `class_names` are those of the foreground, labels 1, 2, ..."""
+    """DatasetInfo of a slice data set; `class_names` are the foreground's, labels 1, 2, ..."""
     size = builder.builder_config.image_size
     zlib, raw = tfds.features.Encoding.ZLIB, tfds.features.Encoding.BYTES
     tensor = tfds.features.Tensor
@@ -95,9 +96,48 @@ def dataset_info(
     )
 
 
-def load_nifti(case: Case, *, num_classes: int) -> volumes.Volume:
-    """Reads a case whose image and label are NIfTI paths; raises `volumes.VolumeError`."""
-    image = volumes.read_image(Path(case.image))
+def msd_cases(folder: Path, *, task: str, way_out: str) -> list[Case]:
+    """The training volumes that the dataset.json of a Medical Segmentation Decathlon task lists.
+
+    Args:
+      folder: holds dataset.json, or a folder named `task` that does.
+      task: name of the unpacked archive, e.g. Task05_Prostate.
+      way_out: ends the message where there is no such listing.
+
+    Raises:
+      volumes.VolumeError: no dataset.json, or one unlike the Decathlon's or without a volume.
+    """
+    if not (folder / "dataset.json").is_file() and (folder / task).is_dir():
+        folder = folder / task
+    listing = folder / "dataset.json"
+    if not listing.is_file():
+        raise volumes.VolumeError(
+            f"no {listing}: wanted the unpacked {task} folder with dataset.json, imagesTr and "
+            f"labelsTr. {way_out}"
+        )
+    try:
+        entries = json.loads(listing.read_text())["training"]
+        pairs = [(folder / e["image"], folder / e["label"]) for e in entries]
+    except (ValueError, KeyError, TypeError) as error:
+        raise volumes.VolumeError(
+            f"{listing}: not an MSD listing ({type(error).__name__}: {error}); wanted "
+            '{"training": [{"image": ..., "label": ...}, ...]}'
+        ) from error
+    if not pairs:
+        raise volumes.VolumeError(f"{listing}: lists no training volume; wanted at least one")
+    cases = []
+    for image, label in pairs:
+        volume_id = image.name.removesuffix(".gz").removesuffix(".nii")
+        cases.append(Case(volume_id, volume_id, str(image), str(label)))
+    return cases
+
+
+def load_nifti(case: Case, *, num_classes: int, channel: int | None = None) -> volumes.Volume:
+    """Reads a case whose image and label are NIfTI paths; raises `volumes.VolumeError`.
+
+    `channel` is the one to take from a 4-D image; None: the image is 3-D.
+    """
+    image = volumes.read_image(Path(case.image), channel=channel)
     if case.label is None:
         return image
     label = volumes.read_label(Path(case.label), image, Path(case.image), num_classes=num_classes)
@@ -143,7 +183,7 @@ def generate_examples(
     cases: Sequence[Case],
     load: Callable[[Case], volumes.Volume],
 ) -> Iterator[tuple[int, dict]]:
-    """Yields (key, slice), volume after volume, prepared on all cores; indexes them in the metadata.
+    """Yields (key, slice), volume after volume, prepared on all cores; indexes the volumes.
 
     Args:
       builder: gives class names and training grid.

@@ -1,12 +1,10 @@
 """Medical Segmentation Decathlon Task04: anterior and posterior hippocampus in T1 MR."""
 
 import functools
-import json
 from pathlib import Path
 
 import tensorflow_datasets as tfds
 
-from lclseg import volumes
 from tfds_builders import slices
 
 CLASS_NAMES = ("anterior", "posterior")
@@ -14,27 +12,9 @@ CLASS_NAMES = ("anterior", "posterior")
 
 def find_cases(folder: Path) -> list[slices.Case]:
     """The training volumes that dataset.json lists; raises VolumeError on a folder unlike MSD's."""
-    if not (folder / "dataset.json").is_file() and (folder / "Task04_Hippocampus").is_dir():
-        folder = folder / "Task04_Hippocampus"
-    listing = folder / "dataset.json"
-    if not listing.is_file():
-        raise volumes.VolumeError(
-            f"no {listing}: wanted the unpacked Task04_Hippocampus folder with dataset.json, "
-            f"imagesTr and labelsTr. {Builder.MANUAL_DOWNLOAD_INSTRUCTIONS}"
-        )
-    try:
-        entries = json.loads(listing.read_text())["training"]
-        pairs = [(folder / e["image"], folder / e["label"]) for e in entries]
-    except (ValueError, KeyError, TypeError) as error:
-        raise volumes.VolumeError(
-            f"{listing}: not an MSD listing ({type(error).__name__}: {error}); wanted "
-            '{"training": [{"image": ..., "label": ...}, ...]}'
-        ) from error
-    cases = []
-    for image, label in pairs:
-        volume_id = image.name.removesuffix(".gz").removesuffix(".nii")
-        cases.append(slices.Case(volume_id, volume_id, str(image), str(label)))
-    return cases
+    return slices.msd_cases(
+        folder, task="Task04_Hippocampus", way_out=Builder.MANUAL_DOWNLOAD_INSTRUCTIONS
+    )
 
 
 class Builder(tfds.core.GeneratorBasedBuilder):

@@ -1,0 +1,79 @@
+"""ACDC (RV, myocardium, LV) with the paper's patients: 1, 2 or 8 labelled volumes, 192 x 192.
+
+  python -m lclseg.main --config=configs/acdc.py --config.data.manual_dir=ACDC/training
+
+arXiv:2112.09645, experiments on ACDC. Another split: --config.data.num_labeled=8
+--config.data.split=c3; "all" is the upper bound, for which --config.rounds.num_rounds=0 leaves the
+supervised run. The schedule is the paper's, 5000 + 3 x 5000 steps: made for a GPU.
+"""
+
+import runpy
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+get_default = runpy.run_path(str(Path(__file__).with_name("default.py")))["get_config"]
+
+
+def ids(numbers: str) -> tuple[str, ...]:
+    """Patient ids of "001-003 007": patient001, patient002, patient003, patient007."""
+    patients = []
+    for item in numbers.split():
+        first, _, last = item.partition("-")
+        patients += [f"patient{n:03d}" for n in range(int(first), int(last or first) + 1)]
+    return tuple(patients)
+
+
+TEST = ids("007-010 027-030 047-050 067-070 087-090")
+POOL = ids("001-006 017-020 012 021-026 037-046 057-066 077-080 072 081-086 097-100")
+EVERYONE = ids("001-100")
+# num_labeled: split: (labelled, validation)
+SPLITS = {
+    "1": {
+        "c1": ("002", "011 071"),
+        "c2": ("042", "031 072"),
+        "c3": ("095", "011 071"),
+        "c4": ("022", "011 071"),
+        "c5": ("062", "011 071"),
+    },
+    "2": {
+        "c1": ("042 062", "031 072"),
+        "c2": ("002 042", "011 071"),
+        "c3": ("042 095", "031 072"),
+        "c4": ("002 022", "011 071"),
+        "c5": ("002 095", "011 071"),
+    },
+    "8": {
+        "c1": ("002 022 042 062 095 003 023 043", "011 071"),
+        "c2": ("002 022 042 062 095 063 094 043", "031 072"),
+        "c3": ("002 022 042 062 095 003 094 023", "011 071"),
+    },
+}
+
+
+def get_config() -> ConfigDict:
+    config = get_default()
+    data = config.data
+    data.name = "acdc"
+    data.image_size = 192
+    data.target_spacing_mm = 1.36719
+    data.num_labeled = "1"
+    data.min_classes = 3
+    data.test_patients = TEST
+    data.pool = POOL
+    data.splits = {
+        n: {
+            c: {"labeled": ids(labeled), "validation": ids(validation)}
+            for c, (labeled, validation) in splits.items()
+        }
+        for n, splits in SPLITS.items()
+    }
+    # Upper bound: everyone else, with the validation pair of the split with one labelled volume.
+    data.splits["all"] = {
+        c: {
+            "labeled": tuple(p for p in EVERYONE if p not in TEST + ids(validation)),
+            "validation": ids(validation),
+        }
+        for c, (_, validation) in SPLITS["1"].items()
+    }
+    return config

@@ -1,0 +1,100 @@
+"""Checks of a config before any work is done, and the comparison of two."""
+
+from ml_collections import ConfigDict
+
+from lclseg.losses import MATCHINGS
+
+CHOICES = {
+    "loss.segmentation": ("dice_with_background", "dice_foreground", "cross_entropy"),
+    "loss.matching": MATCHINGS,
+    "optimizer.schedule": ("constant", "cosine"),
+    "model.dtype": ("float32", "bfloat16"),
+}
+POSITIVE = (
+    "data.image_size",
+    "data.target_spacing_mm",
+    "data.labeled_batch_size",
+    "data.min_classes",
+    "data.eval_batch_size",
+    "model.embedding_dim",
+    "loss.temperature",
+    "optimizer.learning_rate",
+    "rounds.baseline_steps",
+    "rounds.steps_per_round",
+    "rounds.eval_every",
+    "log.every",
+)
+# Prefixes of the keys that the baseline does not depend on.
+JOINT_ONLY = (
+    "num_cpu_devices",
+    "data.data_dir",
+    "data.manual_dir",
+    "data.pool",
+    "data.unlabeled",
+    "data.view_min_classes",
+    "data.pairs.",
+    "loss.contrastive_weight",
+    "loss.temperature",
+    "loss.pixels_per_class",
+    "loss.matching",
+    "loss.include_background",
+    "loss.pseudo_label_weight",
+    "loss.separate_batch_norm",
+    "augment.view_",
+    "rounds.num_rounds",
+    "rounds.steps_per_round",
+    "rounds.fresh_heads",
+    "rounds.baseline_from",
+    "log.",
+)
+
+
+class ConfigError(ValueError):
+    """A config that cannot be run; the message names the keys and the way out."""
+
+
+def check_config(config: ConfigDict, *, num_devices: int) -> None:
+    """Raises ConfigError, naming every value that cannot be run, found and wanted."""
+    problems = []
+    for key, choices in CHOICES.items():
+        if _value(config, key) not in choices:
+            problems.append(f"{key} is {_value(config, key)!r}; wanted one of {', '.join(choices)}")
+    for key in POSITIVE:
+        if not _value(config, key) > 0:
+            problems.append(f"{key} is {_value(config, key)}; wanted a number above 0")
+    if not 0 <= config.optimizer.ema_decay < 1:
+        problems.append(f"optimizer.ema_decay is {config.optimizer.ema_decay}; wanted 0 <= x < 1")
+    multiple = 2 ** (len(config.model.filters) - 1)
+    if config.data.image_size % multiple:
+        problems.append(
+            f"data.image_size is {config.data.image_size}; with {len(config.model.filters)} levels "
+            f"in model.filters wanted a multiple of {multiple}"
+        )
+    for name, size in (
+        ("data.labeled_batch_size", config.data.labeled_batch_size),
+        ("the sum of data.pairs", sum(config.data.pairs.values())),
+    ):
+        if size <= 0 or size % num_devices:
+            problems.append(
+                f"{name} is {size}; wanted a multiple of the {num_devices} devices, since batch "
+                "sizes are global"
+            )
+    if problems:
+        raise ConfigError("\n  ".join(["the config cannot be run:", *problems]))
+
+
+def _value(config: ConfigDict, key: str):
+    group, name = key.split(".")
+    return config[group][name]
+
+
+def differing_keys(before: dict, now: dict, prefix: str = "") -> list[str]:
+    """Dotted names of the values in which two configs, read from JSON, differ."""
+    keys = []
+    for key in sorted(before.keys() | now.keys()):
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            keys += differing_keys(old, new, f"{prefix}{key}.")
+        elif old != new:
+            keys.append(prefix + key)
+    return keys

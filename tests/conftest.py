@@ -1,0 +1,36 @@
+import os
+from pathlib import Path
+
+import jax
+import pytest
+
+# Before JAX's first computation: the tests of the steps compare 1, 2 and 4 devices.
+jax.config.update("jax_num_cpu_devices", 4)
+# Every broadcast between different ranks must be spelled out.
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_configure(config):
+    config.addinivalue_line(
+        "markers", "real_data: reads files outside the repository; skipped where they are absent"
+    )
+
+
+def _real_data_subfolder(name):
+    default = Path(__file__).resolve().parents[2] / "shared"
+    folder = Path(os.environ.get("LCLSEG_REAL_DATA", default)).expanduser() / name
+    if not folder.is_dir():
+        pytest.skip(f"there is no folder {folder}; set LCLSEG_REAL_DATA to the folder above it")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def golden_folder():
+    """Inputs, value and gradient of the authors' loss, one NPZ file each."""
+    return _real_data_subfolder("golden")
+
+
+@pytest.fixture(scope="session")
+def real_data_folder():
+    """Downloaded data sets, as their publishers pack them."""
+    return _real_data_subfolder("data")

@@ -1,0 +1,240 @@
+"""The whole run, tiny: two rounds on a few phantom volumes, stopped, resumed, refused."""
+
+import json
+import math
+import runpy
+from pathlib import Path
+
+import jax
+import nibabel as nib
+import numpy as np
+import pytest
+
+from lclseg import checkpoint, report, train
+from lclseg.configuration import ConfigError
+
+ROOT = Path(__file__).parents[1]
+
+
+def tiny_config(data_dir):
+    config = runpy.run_path(str(ROOT / "configs" / "phantom.py"))["get_config"]()
+    data = config.data
+    data.data_dir = str(data_dir)
+    data.image_size, data.target_spacing_mm = 32, 4.0
+    data.unlabeled = ("phantom_010", "phantom_011", "phantom_012")
+    data.test = ("phantom_044", "phantom_045")
+    data.labeled_batch_size = 4
+    data.pairs.update(labeled_self=1, pseudo_self=1, labeled_pseudo=1, pseudo_pseudo=1)
+    data.view_min_classes = 1
+    data.eval_batch_size = 16
+    config.model.filters = (4, 8)
+    config.rounds.update(baseline_steps=6, num_rounds=2, steps_per_round=4, eval_every=2)
+    config.log.every = 2
+    return config
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    return tmp_path_factory.mktemp("data")
+
+
+@pytest.fixture(scope="module")
+def finished(data_dir, tmp_path_factory):
+    """(workdir, results) of an undisturbed run."""
+    workdir = tmp_path_factory.mktemp("run") / "undisturbed"
+    return workdir, train.train_and_evaluate(tiny_config(data_dir), workdir)
+
+
+def final_params(workdir, stage):
+    """Arrays of a stage's newest checkpoint, as stored."""
+    with checkpoint.open_stage(workdir / "checkpoints" / stage) as manager:
+        step = manager.latest_step()
+        tree = manager.restore(
+            step, args=checkpoint.ocp.args.Composite(state=checkpoint.ocp.args.StandardRestore())
+        )
+    return jax.tree.leaves(tree["state"])
+
+
+def without_times(results):
+    stages = {
+        name: {k: v for k, v in stage.items() if k != "seconds"}
+        for name, stage in results["results"].items()
+    }
+    return {**results, "results": stages}
+
+
+def test_results_tell_the_whole_run(finished):
+    workdir, results = finished
+    assert json.loads((workdir / "results.json").read_text()) == results
+    assert list(results["results"]) == ["baseline", "round_1", "round_2"]
+    assert results["dataset"] == "phantom" and results["class_names"] == ["RV", "MYO", "LV"]
+    assert results["volumes"]["test"] == ["phantom_044", "phantom_045"]
+    assert {"jax", "python"} <= results["versions"].keys()
+    for name, stage in results["results"].items():
+        test = stage["test"]
+        assert set(test["per_volume"]) == {"phantom_044", "phantom_045"}
+        steps = [h["step"] for h in stage["validation"]]
+        assert steps == ([2, 4, 6] if name == "baseline" else [2, 4])
+        assert stage["best_validation_dice"] == max(h["mean_dice"] for h in stage["validation"])
+        assert (stage["pseudo_labels"] is None) == (name == "baseline")
+    best = max(results["results"].values(), key=lambda r: r["best_validation_dice"])
+    chosen = results["results"][results["chosen"]]
+    assert chosen["best_validation_dice"] == best["best_validation_dice"]
+
+
+def test_files_of_a_run(finished, data_dir):
+    workdir, _ = finished
+    for stage in ("baseline", "round_1", "round_2"):
+        assert sorted(p.name for p in (workdir / "predictions" / stage).iterdir()) == [
+            "phantom_044.nii.gz",
+            "phantom_045.nii.gz",
+        ]
+    # Pseudo-labels of round 3 would be used by it; they are the pool's segmentation by the end.
+    for number in (1, 2, 3):
+        names = {p.name for p in (workdir / "pseudo_labels" / f"round_{number}").iterdir()}
+        assert names == {
+            "labels.npy",
+            "report.json",
+            *(f"phantom_{i:03d}.nii.gz" for i in (10, 11, 12)),
+        }
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert {line["stage"] for line in lines} == {"baseline", "round_1", "round_2"}
+    joint = [line for line in lines if line["stage"] == "round_1" and "loss" in line]
+    assert [line["step"] for line in joint] == [2, 4]
+    for line in joint:
+        expected = line["segmentation_loss"] + 0.02 * line["contrastive_loss"]
+        assert math.isclose(line["loss"], expected, rel_tol=1e-5)
+    assert json.loads((workdir / "config.json").read_text())["model"]["filters"] == [4, 8]
+
+
+def test_predictions_lie_in_native_geometry(finished):
+    from tfds_builders.phantom import synthesis
+
+    workdir, _ = finished
+    volume = synthesis.make_volume(44)
+    prediction = nib.load(workdir / "predictions" / "round_2" / "phantom_044.nii.gz")
+    assert prediction.shape == volume.image.shape
+    np.testing.assert_allclose(prediction.header.get_zooms(), volume.spacing_mm, rtol=1e-6)
+
+
+@pytest.mark.parametrize("stage, number", [("baseline", 3), ("baseline", 6), ("round_2", 3)])
+def test_stopped_run_goes_on_to_the_same_end(
+    finished, data_dir, tmp_path, monkeypatch, stage, number
+):
+    undisturbed, expected = finished
+    save_line = train.log_scalars
+
+    def stop(run, at_stage, step, scalars):
+        save_line(run, at_stage, step, scalars)
+        if at_stage == stage and step >= number:
+            raise KeyboardInterrupt
+
+    workdir = tmp_path / "run"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "log_scalars", stop)
+        train.train_and_evaluate(tiny_config(data_dir), workdir)
+    resumed = train.train_and_evaluate(tiny_config(data_dir), workdir)
+    assert without_times(resumed) == without_times(expected)
+    for name in ("baseline", "round_1", "round_2"):
+        for ours, theirs in zip(
+            final_params(workdir, name), final_params(undisturbed, name), strict=True
+        ):
+            np.testing.assert_array_equal(ours, theirs)
+
+
+def test_finished_run_is_reported_not_repeated(finished, data_dir, monkeypatch):
+    workdir, results = finished
+    before = (workdir / "metrics.jsonl").read_text()
+    assert train.train_and_evaluate(tiny_config(data_dir), workdir) == results
+    assert (workdir / "metrics.jsonl").read_text() == before
+
+
+def test_baseline_is_taken_over(finished, data_dir, tmp_path):
+    source, theirs = finished
+    config = tiny_config(data_dir)
+    config.rounds.update(num_rounds=1, baseline_from=str(source))
+    config.loss.contrastive_weight = 0.5
+    results = train.train_and_evaluate(config, tmp_path / "run")
+    assert results["results"]["baseline"] == theirs["results"]["baseline"]
+    assert list(results["results"]) == ["baseline", "round_1"]
+
+    config.optimizer.learning_rate = 0.1
+    with pytest.raises(ConfigError, match=r"optimizer\.learning_rate"):
+        train.train_and_evaluate(config, tmp_path / "other")
+
+
+def test_workdir_of_another_config_is_refused(finished, data_dir):
+    workdir, _ = finished
+    config = tiny_config(data_dir)
+    config.loss.temperature = 0.5
+    with pytest.raises(ConfigError, match=r"other values of loss\.temperature"):
+        train.train_and_evaluate(config, workdir)
+
+
+def test_foreign_folder_is_not_written_into(data_dir, tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(ConfigError, match="not empty and no lclseg run"):
+        train.train_and_evaluate(tiny_config(data_dir), tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize(
+    "key, value, message",
+    [
+        (
+            "data.labeled_batch_size",
+            6,
+            r"data\.labeled_batch_size is 6; wanted a multiple of the 4 devices",
+        ),
+        ("data.pairs.labeled_self", 2, r"the sum of data\.pairs is 5"),
+        ("optimizer.schedule", "linear", r"optimizer\.schedule is 'linear'"),
+        ("model.dtype", "float12", r"model\.dtype is 'float12'"),
+        ("loss.matching", "outer", r"matching is 'outer'"),
+        ("loss.segmentation", "dise", r"loss\.segmentation is 'dise'"),
+        ("data.image_size", 31, r"multiples of 2"),
+        ("rounds.eval_every", 0, r"rounds\.eval_every is 0"),
+    ],
+)
+def test_bad_values_are_refused_before_anything_is_written(data_dir, tmp_path, key, value, message):
+    config = tiny_config(data_dir)
+    config.update_from_flattened_dict({key: value})
+    with pytest.raises(ValueError, match=message):
+        train.train_and_evaluate(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_rounds_without_unlabelled_volumes_are_refused(data_dir, tmp_path):
+    config = tiny_config(data_dir)
+    config.data.num_labeled = "all"
+    config.data.unlabeled = ()
+    with pytest.raises(ConfigError, match=r"rounds\.num_rounds=0"):
+        train.train_and_evaluate(config, tmp_path / "run")
+
+
+def test_non_finite_loss_stops_the_run(data_dir, tmp_path):
+    config = tiny_config(data_dir)
+    config.optimizer.learning_rate = 1e30
+    with pytest.raises(FloatingPointError, match=r"optimizer\.learning_rate"):
+        train.train_and_evaluate(config, tmp_path / "run")
+
+
+def test_cpu_devices_divide_the_batches(monkeypatch):
+    chosen = {}
+    monkeypatch.setattr(jax.config, "update", lambda name, value: chosen.update({name: value}))
+    monkeypatch.setattr(train.os, "sched_getaffinity", lambda _: set(range(8)))
+    config = runpy.run_path(str(ROOT / "configs" / "default.py"))["get_config"]()
+    train.use_cpu_devices(config)  # 20 slices and 10 pairs on 8 cores
+    assert chosen == {"jax_num_cpu_devices": 5}
+    config.num_cpu_devices = 2
+    train.use_cpu_devices(config)
+    assert chosen == {"jax_num_cpu_devices": 2}
+
+
+def test_table_shows_each_stage(finished):
+    _, results = finished
+    text = report.table(results)
+    lines = text.splitlines()
+    assert "1 labelled, 3 unlabelled, 2 validation, 2 test volumes" in lines[0]
+    assert [line.split()[0] for line in lines[4:]] == ["baseline", "round_1", "round_2"]
+    for line, stage in zip(lines[4:], results["results"].values(), strict=True):
+        assert f"{stage['test']['mean_dice']:.4f}" in line
