@@ -1,5 +1,7 @@
 """MSD Task04 hippocampus (anterior, posterior), by default 2 labelled volumes, 64 x 64 at 1 mm.
 
+A small set and a short schedule: the real data that two CPU cores can afford, in about 10 minutes.
+
   python -m lclseg.main --config=configs/hippocampus.py --config.data.manual_dir=Task04_Hippocampus
 
 The data set has no published split for this method: test volumes are every fifth of 200 public
@@ -83,4 +85,9 @@ def get_config() -> ConfigDict:
         }
         for c, validation in ALL.items()
     }
+    data.labeled_batch_size = 12
+    data.pairs.update(labeled_self=1, pseudo_self=1, labeled_pseudo=2, pseudo_pseudo=2)
+    config.optimizer.ema_decay = 0.98
+    config.rounds.baseline_steps = 600
+    config.rounds.steps_per_round = 200
     return config

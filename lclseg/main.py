@@ -5,13 +5,9 @@ import sys
 from pathlib import Path
 
 import absl.logging
-import jax
 from absl import app, flags
 from ml_collections import config_flags
 
-from lclseg import report, train
-from lclseg.configuration import ConfigError
-from lclseg.splits import SplitError
 from lclseg.volumes import VolumeError
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, e.g. configs/phantom.py.")
@@ -21,6 +17,13 @@ _WORKDIR = flags.DEFINE_string(
 
 
 def main(argv):
+    # Imported here: the processes that prepare volumes import this module, but need no JAX.
+    import jax
+
+    from lclseg import report, train
+    from lclseg.configuration import ConfigError
+    from lclseg.splits import SplitError
+
     if len(argv) > 1:
         raise app.UsageError(f"unknown argument {argv[1]!r}; options look like --config.seed=1")
     config = _CONFIG.value

@@ -1,7 +1,10 @@
 """The prepared set: opening it (preparing it at need), its index, and reading slices from it."""
 
+import contextlib
 import dataclasses
 import importlib
+import io
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,6 +13,8 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from lclseg import volumes
+
+logger = logging.getLogger("lclseg")
 
 
 class VolumeEntry(NamedTuple):
@@ -46,6 +51,7 @@ class PreparedSet:
       target_spacing_mm: in-plane spacing of the slices.
       volumes: index by volume id, in stored order.
       source: random-access source of slices.
+      description: one line on what the set holds.
     """
 
     name: str
@@ -54,6 +60,7 @@ class PreparedSet:
     target_spacing_mm: float
     volumes: Mapping[str, VolumeEntry]
     source: Any
+    description: str = ""
 
     @property
     def num_classes(self) -> int:
@@ -130,6 +137,7 @@ def open_prepared(
         target_spacing_mm=target_spacing_mm,
         volumes={e.volume_id: e for e in entries},
         source=builder.as_data_source(split=slices.SPLIT),
+        description=builder.info.description,
     )
 
 
@@ -142,9 +150,14 @@ def _prepare(builder: tfds.core.DatasetBuilder, name: str, manual_dir: str) -> N
                 f"not set. {instructions}"
             )
         folder = Path(manual_dir).expanduser()
+        manual_dir = str(folder)
         if not folder.is_dir():
             raise volumes.VolumeError(f"data.manual_dir: no folder {folder}. {instructions}")
-        manual_dir = str(folder)
-    builder.download_and_prepare(
-        download_config=tfds.download.DownloadConfig(manual_dir=manual_dir or None)
-    )
+        if not any(folder.iterdir()):
+            raise volumes.VolumeError(f"data.manual_dir: {folder} is empty. {instructions}")
+    logger.info("preparing data set %s in %s", name, builder.data_dir)
+    tfds.disable_progress_bar()  # the builders show their own, by volume
+    with contextlib.redirect_stdout(io.StringIO()):  # TFDS tells of a download that there is not
+        builder.download_and_prepare(
+            download_config=tfds.download.DownloadConfig(manual_dir=manual_dir or None)
+        )

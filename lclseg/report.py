@@ -20,6 +20,7 @@ def new_results(config: ConfigDict, prepared: PreparedSet, split: Split) -> dict
     device = jax.devices()[0]
     return {
         "dataset": prepared.name,
+        "description": prepared.description,
         "class_names": list(prepared.class_names),
         "image_size": prepared.image_size,
         "target_spacing_mm": prepared.target_spacing_mm,
@@ -86,7 +87,7 @@ def table(results: dict) -> str:
         f"unlabelled, {len(volumes['validation'])} validation, {len(volumes['test'])} test "
         f"volumes; split {results['split']}, seed {results['seed']}; * best on validation"
     )
-    return "\n".join([caption, "", *(line.rstrip() for line in lines)])
+    return "\n".join([results["description"], caption, "", *(line.rstrip() for line in lines)])
 
 
 def _number(value: float | None, spec: str) -> str:

@@ -255,12 +255,13 @@ def test_acdc_folder_without_patients(tmp_path):
     assert "--config.data.manual_dir=PATH" in message
 
 
-def test_acdc_patient_without_frames(tmp_path):
+def test_acdc_patient_without_images(tmp_path):
+    """Labels alone are no patient, nor are they taken for images."""
     make_acdc(tmp_path)
-    folder = tmp_path / "patient002"
-    for path in folder.glob("*_frame*"):
-        path.unlink()
-    with pytest.raises(VolumeError, match=f"{folder}: no patient002_frameFF.nii.gz in it"):
+    folder = tmp_path / "patient001"
+    for frame in ("01", "12"):
+        (folder / f"patient001_frame{frame}.nii.gz").unlink()
+    with pytest.raises(VolumeError, match=f"{folder}: no patient001_frameFF.nii.gz in it"):
         acdc.find_cases(tmp_path)
 
 

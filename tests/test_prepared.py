@@ -56,7 +56,7 @@ def test_index(prepared, truth):
 
 
 def test_read_slices(prepared, truth):
-    """Preprocessed as `volumes` does it, in the order asked for, across volumes, repeats included."""
+    """As `volumes` makes them, in the order asked for, across volumes, repeats included."""
     image, label = [], []
     for volume in truth.values():
         normalized = volumes.normalize_intensity(volume.image)

@@ -24,7 +24,8 @@ def positions_mm(size, spacing):
     return (np.arange(size) - (size - 1) / 2) * spacing
 
 
-# native shape, native in-plane spacing, image_size, target spacing; without pixels half-way between two
+# native shape, native in-plane spacing, image_size, target spacing; no grid pixel lies half-way
+# between two native ones
 GRIDS = {
     "finer": ((9, 13, 3), (1.7, 2.3), 24, 0.71),
     "coarser": ((40, 33, 2), (0.61, 0.83), 16, 1.37),
@@ -179,7 +180,7 @@ def test_native_pixels_outside_the_grid_are_background():
 
 
 def test_a_label_map_beyond_the_crop_comes_back_where_the_grid_was():
-    """Three classes in stripes along Y fill the native volume; what the crop cut stays background."""
+    """Stripes of three classes fill the native volume; what the crop cut stays background."""
     label = np.repeat(np.arange(90) // 30, 80).reshape(90, 80).T[..., None].astype(np.uint8) + 1
     grid = {"image_size": 32, "target_spacing_mm": 1.0}
     on_grid = volumes.label_to_grid(label, (1.0, 1.0, 5.0), **grid)

@@ -1,0 +1,264 @@
+"""The U-Net against METHOD's numbers, Flax layers and plain convolutions."""
+
+import functools
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lclseg import models
+
+TINY = {"num_classes": 3, "filters": (4, 8, 8), "embedding_dim": 6}
+
+
+def random_images(shape=(2, 16, 16), seed=0):
+    return np.random.default_rng(seed).random(shape, np.float32)
+
+
+def shapes_of(model, image_size):
+    images = jax.ShapeDtypeStruct((2, image_size, image_size), jnp.float32)
+    variables = jax.eval_shape(
+        functools.partial(model.init, train=False), jax.random.key(0), images
+    )
+    outputs = jax.eval_shape(functools.partial(model.apply, train=False), variables, images)
+    return variables, outputs
+
+
+@functools.cache
+def tiny_variables():
+    init = jax.jit(functools.partial(models.UNet(**TINY).init, train=False))
+    return init(jax.random.key(0), random_images())
+
+
+def number_of(tree):
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
+def count_by_hand(num_classes):
+    def conv(size, inputs, outputs):
+        return size * size * inputs * outputs
+
+    def block(size, inputs, outputs):  # convolution without bias; BatchNorm's scale and bias
+        return conv(size, inputs, outputs) + 2 * outputs
+
+    filters = (16, 32, 64, 128, 128, 128)
+    encoder = sum(
+        block(3, i, o) + block(3, o, o) for i, o in zip((1, *filters[:-1]), filters, strict=True)
+    )
+    decoder = 0
+    for level in (4, 3, 2, 1, 0):
+        below, here = filters[level + 1], filters[level]
+        decoder += block(2, below, here)
+        decoder += block(3, 2 * here, here)
+        decoder += block(3, here, here) if level > 0 else 0
+    segmentation = 2 * block(3, 16, 16) + conv(3, 16, num_classes)
+    projection = block(1, 16, 16) + conv(1, 16, 16)
+    return encoder + decoder + segmentation + projection
+
+
+@pytest.mark.parametrize("image_size", [64, 192])
+@pytest.mark.parametrize("num_classes", [3, 8])
+def test_parameter_count_and_shapes(image_size, num_classes):
+    variables, (logits, embeddings) = shapes_of(models.UNet(num_classes), image_size)
+    assert number_of(variables["params"]) == count_by_hand(num_classes)
+    assert logits.shape == (2, image_size, image_size, num_classes)
+    assert embeddings.shape == (2, image_size, image_size, 16)
+
+
+def test_parameter_count_is_about_two_million():
+    assert count_by_hand(num_classes=3) == 2_094_048
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_parameters_and_outputs_are_float32_whatever_the_computation(dtype):
+    variables, outputs = shapes_of(models.UNet(**TINY, dtype=dtype), 16)
+    assert {leaf.dtype for leaf in jax.tree.leaves((variables, outputs))} == {jnp.dtype("float32")}
+    model = models.UNet(**TINY, dtype=dtype)
+    features = jax.eval_shape(
+        functools.partial(model.apply, train=False, method="trunk"), variables, random_images()
+    )
+    assert features.dtype == dtype
+
+
+def test_bfloat16_computes_nearly_the_same():
+    variables = tiny_variables()
+    exact, rounded = (
+        jax.jit(functools.partial(models.UNet(**TINY, dtype=dtype).apply, train=False))(
+            variables, random_images()
+        )
+        for dtype in ("float32", "bfloat16")
+    )
+    for a, b in zip(exact, rounded, strict=True):
+        difference = np.abs(a - b).max() / np.abs(a).max()
+        assert 0 < difference < 0.05
+
+
+@pytest.mark.parametrize(("height", "width"), [(18, 16), (16, 18)])
+def test_a_slice_that_cannot_be_halved_often_enough_is_refused(height, width):
+    images = jax.ShapeDtypeStruct((1, height, width), jnp.float32)
+    with pytest.raises(ValueError, match=f"{height} x {width} px.*3 levels.*multiples of 4"):
+        jax.eval_shape(
+            functools.partial(models.UNet(**TINY).init, train=False), jax.random.key(0), images
+        )
+
+
+def test_each_loss_reaches_the_trunk_and_its_own_head_only():
+    model, variables, images = models.UNet(**TINY), tiny_variables(), random_images()
+
+    @jax.jit
+    def grads(params):
+        def loss(params, which):
+            outputs, _ = model.apply(
+                {**variables, "params": params}, images, train=True, mutable=["batch_stats"]
+            )
+            return jnp.sum(jnp.sin(outputs[which]))
+
+        return [jax.grad(loss)(params, which) for which in (0, 1)]
+
+    heads = ("segmentation_head", "projection_head")
+    for own, grad in zip(heads, grads(variables["params"]), strict=True):
+        for path, leaf in jax.tree_util.tree_leaves_with_path(grad):
+            reached = path[0].key in ("unet_trunk", own)
+            assert np.isfinite(leaf).all()
+            assert np.any(leaf) == reached, jax.tree_util.keystr(path)
+
+
+def test_every_pixel_of_a_patch_reaches_the_output_through_the_bottom():
+    # At the lowest level of three, one pixel covers 4 x 4; without the way down and up again the
+    # convolutions at full resolution alone would reach 7 px, see the last assertion.
+    model, variables = models.UNet(**TINY), tiny_variables()
+    trunk = jax.jit(functools.partial(model.apply, train=False, method="trunk"))
+    images = random_images((1, 32, 32))
+    touched = images.copy()
+    touched[0, 16, 16] += 10
+    rows, columns = np.nonzero(
+        np.any(np.asarray(trunk(variables, images) != trunk(variables, touched)), axis=-1)[0]
+    )
+    assert rows.min() <= 8 and columns.min() <= 8
+    assert rows.max() >= 24 and columns.max() >= 24
+
+
+def test_max_pool_equals_flax_in_value_and_gradient():
+    x = random_images((2, 6, 8, 3))
+    upstream = random_images((2, 3, 4, 3), seed=1)
+
+    def flax_pool(x):
+        return nn.max_pool(x, (2, 2), strides=(2, 2))
+
+    np.testing.assert_array_equal(models.max_pool(x), flax_pool(x))
+    grads = [
+        jax.grad(lambda x, f=f: jnp.sum(f(x) * upstream))(x) for f in (models.max_pool, flax_pool)
+    ]
+    np.testing.assert_array_equal(*grads)
+
+
+def test_max_pool_shares_the_gradient_among_equal_pixels():
+    grad = jax.grad(lambda x: jnp.sum(models.max_pool(x)))(jnp.zeros((1, 2, 4, 1)))
+    np.testing.assert_allclose(grad, np.full((1, 2, 4, 1), 0.25))
+
+
+def test_gradient_is_finite_when_the_compiler_computes_a_pooled_pixel_twice():
+    # A compiler is free to compute x once for the maximum and once more for its gradient, rounded
+    # differently; asking which x equals the maximum then finds none. XLA's lowest level does that.
+    model, variables, images = models.UNet(**TINY), tiny_variables(), random_images()
+
+    def loss(params):
+        (logits, _), _ = model.apply(
+            {**variables, "params": params}, images, train=True, mutable=["batch_stats"]
+        )
+        return jnp.sum(jnp.sin(logits))
+
+    options = {"xla_backend_optimization_level": 0}
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda p: (p * rng.uniform(0.8, 1.2, p.shape)).astype(np.float32), variables["params"]
+    )
+    grad = jax.jit(jax.grad(loss), compiler_options=options)(params)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grad))
+
+
+def test_upsample_conv_equals_repeating_pixels_and_convolving():
+    x = random_images((2, 3, 5, 4))
+    kernel = random_images((2, 2, 4, 6), seed=1)
+    upstream = random_images((2, 6, 10, 6), seed=2)
+
+    def plain(x, kernel):
+        repeated = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
+        return jax.lax.conv_general_dilated(
+            repeated, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+
+    def value_and_grads(f):
+        value, pullback = jax.vjp(f, x, kernel)
+        return value, *pullback(upstream)
+
+    for ours, theirs in zip(*map(value_and_grads, (models.upsample_conv, plain)), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_conv_block_is_convolution_batch_norm_and_relu():
+    x = random_images((2, 4, 4, 3))
+    block = models.ConvBlock(5)
+    variables = block.init(jax.random.key(0), x, train=False)
+    scale, bias = np.linspace(0.5, 2, 5), np.linspace(-1, 1, 5)
+    params = variables["params"] | {"BatchNorm_0": {"scale": scale, "bias": bias}}
+    mean, var = np.linspace(-1, 1, 5), np.linspace(0, 2e-3, 5)  # small, so that epsilon shows
+    statistics = {"BatchNorm_0": {"mean": mean, "var": var}}
+
+    convolved = np.asarray(
+        jax.lax.conv_general_dilated(
+            x,
+            params["Conv_0"]["kernel"],
+            (1, 1),
+            "SAME",
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        ),
+        np.float64,
+    )
+
+    def expected(mean, var):
+        return np.maximum((convolved - mean) / np.sqrt(var + 1e-3) * scale + bias, 0)
+
+    variables = {"params": params, "batch_stats": statistics}
+    at_rest, unchanged = block.apply(variables, x, train=False, mutable=["batch_stats"])
+    np.testing.assert_allclose(at_rest, expected(mean, var), rtol=1e-4, atol=1e-4)
+    for leaf, before in zip(
+        *map(jax.tree.leaves, (unchanged["batch_stats"], statistics)), strict=True
+    ):
+        np.testing.assert_array_equal(leaf, before)
+
+    axes = (0, 1, 2)
+    in_training, updated = block.apply(variables, x, train=True, mutable=["batch_stats"])
+    batch_mean, batch_var = convolved.mean(axes), convolved.var(axes)
+    np.testing.assert_allclose(in_training, expected(batch_mean, batch_var), rtol=1e-4, atol=1e-4)
+    updated = updated["batch_stats"]["BatchNorm_0"]
+    np.testing.assert_allclose(updated["mean"], 0.99 * mean + 0.01 * batch_mean, atol=1e-6)
+    np.testing.assert_allclose(updated["var"], 0.99 * var + 0.01 * batch_var, atol=1e-6)
+
+
+def test_every_batch_norm_of_the_network_follows_the_method():
+    model, images = models.UNet(**TINY), jnp.asarray(random_images())
+    found = []
+
+    def record(next_function, arguments, options, context):
+        if isinstance(context.module, nn.BatchNorm) and context.method_name == "__call__":
+            found.append((context.module.momentum, context.module.epsilon))
+        return next_function(*arguments, **options)
+
+    with nn.intercept_methods(record):
+        jax.eval_shape(functools.partial(model.init, train=False), jax.random.key(0), images)
+    # Per level two convolutions down; three up, at the last level two; two and one in the heads.
+    assert found == [(0.99, 1e-3)] * (3 * 2 + 3 + 2 + 2 + 1)
+
+
+def test_prediction_leaves_the_statistics_alone_and_training_changes_all_of_them():
+    model, variables, images = models.UNet(**TINY), tiny_variables(), random_images()
+    before = jax.tree.leaves(variables["batch_stats"])
+    for train in (False, True):
+        apply = jax.jit(functools.partial(model.apply, train=train, mutable=["batch_stats"]))
+        _, updated = apply(variables, images)
+        for a, b in zip(before, jax.tree.leaves(updated["batch_stats"]), strict=True):
+            assert np.any(np.asarray(a != b)) == train
