@@ -65,6 +65,14 @@ def get_config() -> ConfigDict:
     augment.view_max_brightness = 0.3
     augment.view_clip = (0.0, 1.5)
 
+    crf = config.crf = ConfigDict()  # refines the pseudo-labels, slice by slice
+    crf.num_steps = 30  # of mean field; 0: no CRF
+    crf.spatial_sigma = 10.0  # px
+    crf.spatial_weight = 30.0
+    crf.bilateral_sigma = 0.01  # px: in effect a pixel's feedback on itself
+    crf.intensity_sigma = 0.5
+    crf.bilateral_weight = 10.0
+
     optimizer = config.optimizer = ConfigDict()
     optimizer.learning_rate = 1e-3  # Adam
     optimizer.schedule = "constant"  # or cosine, to 0 over each stage

@@ -67,4 +67,5 @@ def get_config() -> ConfigDict:
         }
         for c, validation in VALIDATION.items()
     }
+    config.crf.spatial_sigma = 5.0
     return config

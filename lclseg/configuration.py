@@ -23,6 +23,9 @@ POSITIVE = (
     "rounds.steps_per_round",
     "rounds.eval_every",
     "log.every",
+    "crf.spatial_sigma",
+    "crf.bilateral_sigma",
+    "crf.intensity_sigma",
 )
 # Prefixes of the keys that the baseline does not depend on.
 JOINT_ONLY = (
@@ -41,6 +44,7 @@ JOINT_ONLY = (
     "loss.pseudo_label_weight",
     "loss.separate_batch_norm",
     "augment.view_",
+    "crf.",
     "rounds.num_rounds",
     "rounds.steps_per_round",
     "rounds.fresh_heads",

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from lclseg import checkpoint, evaluation, input_pipeline, report, steps
 from lclseg.configuration import JOINT_ONLY, ConfigError, check_config, differing_keys
+from lclseg.crf import dense_crf
 from lclseg.models import UNet
 from lclseg.prepared import PreparedSet, open_prepared
 from lclseg.pseudo_labels import PseudoLabels, load_pseudo_labels, make_pseudo_labels
@@ -35,7 +36,7 @@ logger = logging.getLogger("lclseg")
 
 
 class Best(NamedTuple):
-    """The best checkpoint so far, by mean foreground 3-D Dice on the validation volumes."""
+    """The best checkpoint of a stage, by mean foreground 3-D Dice on the validation volumes."""
 
     state: steps.TrainState
     validation_dice: float
@@ -195,8 +196,13 @@ def take_over_baseline(run: Run, results: dict) -> None:
     report.write_json(run.workdir / "results.json", results)
 
 
-def predictor(run: Run, state: steps.TrainState) -> evaluation.Predict:
-    """Maps slices [M, H, W] to probabilities [M, H, W, C], in one compiled shape, all devices."""
+def predictor(
+    run: Run, state: steps.TrainState, refine: Callable | None = None
+) -> evaluation.Predict:
+    """Maps slices [M, H, W] to probabilities [M, H, W, C], in one compiled shape, all devices.
+
+    `refine`, if given, maps (slices, probabilities) to the probabilities returned.
+    """
     num_devices = jax.local_device_count()
     per_device = -(-run.config.data.eval_batch_size // num_devices)
     capacity = per_device * num_devices
@@ -206,7 +212,10 @@ def predictor(run: Run, state: steps.TrainState) -> evaluation.Predict:
         padding = np.zeros((capacity - len(images), *images.shape[1:]), images.dtype)
         full = np.concatenate([images, padding]).reshape(num_devices, per_device, *images.shape[1:])
         probs = np.asarray(run.predict(replicated, full))
-        return probs.reshape(capacity, *probs.shape[2:])[: len(images)]
+        probs = probs.reshape(capacity, *probs.shape[2:])
+        if refine is not None:
+            probs = np.asarray(refine(full.reshape(capacity, *images.shape[1:]), probs))
+        return probs[: len(images)]
 
     return predict
 
@@ -358,12 +367,17 @@ def finish_stage(
 def pseudo_label_pool(
     run: Run, best: Best, round_number: int, previous: PseudoLabels | None
 ) -> PseudoLabels:
-    """Pseudo-labels for a round by the best state; read from disk where they are complete."""
+    """Pseudo-labels for a round: predicted by the best state, refined by the CRF.
+
+    Read from disk where they are complete.
+    """
     folder = run.workdir / "pseudo_labels" / f"round_{round_number}"
     if (folder / "report.json").exists():
         return load_pseudo_labels(folder, run.prepared, run.split.unlabeled)
+    # All CRF settings are static to its compiled form, so numbers of the config are passed as such.
+    refine = functools.partial(dense_crf, **run.config.crf) if run.config.crf.num_steps else None
     return make_pseudo_labels(
-        predictor(run, best.state),
+        predictor(run, best.state, refine),
         run.prepared,
         run.split.unlabeled,
         folder,
@@ -375,25 +389,21 @@ def pseudo_label_pool(
 def run_round(
     run: Run, results: dict, round_number: int, best: Best, pseudo_labels: PseudoLabels
 ) -> tuple[Best, PseudoLabels]:
-    """One round: joint training on the pseudo-labels, then new pseudo-labels by the best state.
+    """One round: joint training on the pseudo-labels, then new pseudo-labels by its best state.
 
-    The round starts from the best state so far: from the baseline with fresh heads, from a later
-    state with its own.
+    The round starts from the best state of the stage before: from the baseline with fresh heads,
+    from an earlier round with that round's.
     """
     started = time.monotonic()
     rounds = run.config.rounds
     first_step = rounds.baseline_steps + (round_number - 1) * rounds.steps_per_round
     optimizer = run.optimizers["joint"]
     start = best.state
-    if best.stage == "baseline" and rounds.fresh_heads:
+    if round_number == 1 and rounds.fresh_heads:
         start = steps.warm_start(start, initial_state(run, round_number))
     state = steps.restart(start, optimizer, step=first_step)
-    reached, history = fit(
-        run, f"round_{round_number}", state, rounds.steps_per_round, pseudo_labels
-    )
-    finish_stage(run, results, reached, history, started, pseudo_labels)
-    if reached.validation_dice >= best.validation_dice:
-        best = reached
+    best, history = fit(run, f"round_{round_number}", state, rounds.steps_per_round, pseudo_labels)
+    finish_stage(run, results, best, history, started, pseudo_labels)
     return best, pseudo_label_pool(run, best, round_number + 1, pseudo_labels)
 
 
@@ -425,6 +435,7 @@ def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict:
         pseudo_labels = pseudo_label_pool(run, best, 1, None)
     for round_number in range(1, config.rounds.num_rounds + 1):
         best, pseudo_labels = run_round(run, results, round_number, best, pseudo_labels)
-    results["chosen"] = best.stage
+    stages = results["results"]
+    results["chosen"] = max(stages, key=lambda s: stages[s]["best_validation_dice"])
     report.write_json(workdir / "results.json", results)
     return results

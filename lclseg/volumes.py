@@ -50,6 +50,8 @@ def _load_3d(path: Path, channel: int | None = None) -> tuple[np.ndarray, nib.Ni
             f"{path}: not readable as NIfTI ({type(error).__name__}: {error}); "
             "the file is damaged or of another format: copy or download it again"
         ) from error
+    if not isinstance(file, nib.Nifti1Image):
+        raise VolumeError(f"{path}: found a {type(file).__name__}; wanted a NIfTI file")
     if channel is not None:
         if data.ndim != 4 or data.shape[3] <= channel:
             raise VolumeError(
@@ -62,6 +64,13 @@ def _load_3d(path: Path, channel: int | None = None) -> tuple[np.ndarray, nib.Ni
     if data.dtype.kind not in "iufb":
         raise VolumeError(f"{path}: found voxels of type {data.dtype}; wanted real numbers")
     return data, file
+
+
+def _stored_spacing(path: Path, file: nib.Nifti1Image) -> tuple[float, float, float]:
+    """Spacing as the header has it: on loading, nibabel takes 0 for 1 mm and drops signs."""
+    with nib.openers.Opener(path) as stream:
+        header = type(file.header).from_fileobj(stream, check=False)
+    return tuple(float(s) for s in header["pixdim"][1:4])
 
 
 def read_image(path: Path, *, channel: int | None = None) -> Volume:
@@ -81,7 +90,7 @@ def read_image(path: Path, *, channel: int | None = None) -> Volume:
         raise VolumeError(f"{path}: {bad} voxels are NaN or infinite; wanted finite intensities")
     if image.min() == image.max():
         raise VolumeError(f"{path}: every voxel is {image.flat[0]:g}; wanted an image")
-    spacing_mm = tuple(float(s) for s in file.header.get_zooms()[:3])
+    spacing_mm = _stored_spacing(path, file)
     if not all(np.isfinite(s) and s > 0 for s in spacing_mm):
         raise VolumeError(f"{path}: voxel spacing is {spacing_mm} mm; wanted positive numbers")
     return Volume(image, None, np.asarray(file.affine, np.float64), spacing_mm)
@@ -163,7 +172,9 @@ def normalize_intensity(image: np.ndarray) -> np.ndarray:
 def _source_index(num_out, spacing_out, num_in, spacing_in) -> np.ndarray:
     """Index in a line of `num_in` samples under each of `num_out`, centres aligned; [num_out]."""
     millimetres = (np.arange(num_out) - (num_out - 1) / 2) * spacing_out
-    return millimetres / spacing_in + (num_in - 1) / 2
+    # Rounded, so that indices midway between two samples all go to the same side: of equal spacings
+    # the nearest neighbour must neither repeat nor lose a row.
+    return np.round(millimetres / spacing_in + (num_in - 1) / 2, 6)
 
 
 def linear_matrix(num_out: int, spacing_out: float, num_in: int, spacing_in: float) -> np.ndarray:
