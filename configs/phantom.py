@@ -56,4 +56,5 @@ def get_config() -> ConfigDict:
     rounds = config.rounds
     rounds.baseline_steps = 500
     rounds.steps_per_round = 150
+    rounds.fresh_heads = False  # too few steps to learn a head anew
     return config

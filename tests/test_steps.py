@@ -88,7 +88,7 @@ def shard(batch, num_devices):
 
 
 def replicate(state, num_devices):
-    """One copy per device, placed as pmap places its outputs: elsewhere placed, it compiles anew."""
+    """One copy per device, placed as pmap places its outputs; otherwise it compiles twice."""
     mesh = Mesh(np.array(jax.local_devices()[:num_devices]), (AXIS,))
     sharding = NamedSharding(mesh, PartitionSpec(AXIS))
 
@@ -175,31 +175,20 @@ def weights(state):
     return {"params": state.params, "ema": state.ema_params, "statistics": state.batch_stats}
 
 
-def whole_state(state):
-    return jax.tree.leaves(state)
-
-
 CONTRAST = (0.8, 1.2)
 
 
-@pytest.mark.parametrize(
-    ("options", "num_devices"),
-    [(ANCHORS, 2), (ANCHORS, 4), (BATCH, 4)],
-    ids=["anchors-2", "anchors-4", "batch-4"],
-)
-def test_several_devices_train_like_one(options, num_devices):
-    contrast = CONTRAST if options is ANCHORS else None
-    one, one_history = compiled(options, 1, contrast=contrast)(make_state(), make_batch(), 4)
-    many, many_history = compiled(options, num_devices, contrast=contrast)(
-        make_state(), make_batch(), 4
+def test_four_devices_train_like_one():
+    (one, one_history), (four, four_history) = (
+        compiled(num_devices=n, contrast=CONTRAST)(make_state(), make_batch(), 4) for n in (1, 4)
     )
     # Float32 sums in another order; SGD hands the rounding on without making it larger.
-    for a, b in zip(one_history, many_history, strict=True):
+    for a, b in zip(one_history, four_history, strict=True):
         assert a.keys() == b.keys()
         for name in a:
             np.testing.assert_allclose(a[name], b[name], rtol=2e-5, err_msg=name)
-    assert_trees_close(weights(one), weights(many), rtol=1e-5, atol=3e-6)
-    assert one.step == many.step == 4
+    assert_trees_close(weights(one), weights(four), rtol=1e-5, atol=3e-6)
+    assert one.step == four.step == 4
 
 
 def test_two_devices_train_like_one_with_adam_and_batch_norm_of_their_own():
@@ -227,16 +216,18 @@ def reference_loss(params, batch_stats, batch, options):
     """The loss of the global batch, written pair by pair; one BatchNorm, all pixels as anchors."""
     model, num_labeled = make_model(), len(batch["image"])
     views = batch["pair_image"].reshape(-1, SIZE, SIZE)
-    (logits, embeddings), _ = model.apply(
-        {"params": params, "batch_stats": batch_stats},
-        jnp.concatenate([batch["image"], views]),
-        train=True,
-        mutable=["batch_stats"],
-    )
+
+    def run(method, x):
+        variables = {"params": params, "batch_stats": batch_stats}
+        return model.apply(variables, x, train=True, mutable=["batch_stats"], method=method)[0]
+
+    features = run("trunk", jnp.concatenate([batch["image"], views]))
+    logits = run("segment", features)
+    embeddings = run("project", features[num_labeled:])
     segmentation = jnp.mean(losses.dice_loss(logits[:num_labeled], batch["label"]))
     view_labels = batch["pair_label"].reshape(-1, SIZE, SIZE)
     pseudo = jnp.mean(losses.dice_loss(logits[num_labeled:], view_labels))
-    embeddings = embeddings[num_labeled:].reshape(-1, 2, *embeddings.shape[1:])
+    embeddings = embeddings.reshape(-1, 2, *embeddings.shape[1:])
 
     def pair_losses(z, y):
         return losses.local_contrastive_loss(
@@ -306,16 +297,10 @@ def test_step_counts_and_names_the_random_draws():
 
 
 def test_step_compiles_once_for_fresh_states_and_across_rounds():
-    step, batch = (
-        Compiled(ANCHORS, 2, optax.sgd(LEARNING_RATE, momentum=0.9), CONTRAST),
-        make_batch(),
-    )
-    optimizer = optax.sgd(LEARNING_RATE, momentum=0.9)
+    step, optimizer, batch = compiled(SEPARATE, 2, "adam"), optax.adam(LEARNING_RATE), make_batch()
     state, _ = step(make_state(optimizer=optimizer), batch, 3)
-    state = steps.restart(
-        steps.warm_start(state, make_state(1, optimizer)), optimizer, step=int(state.step)
-    )
-    state, _ = step(state, batch, 2)
+    state = steps.warm_start(state, make_state(1, optimizer))
+    state, _ = step(steps.restart(state, optimizer, step=int(state.step)), batch, 2)
     assert state.step == 5
     assert step.num_traces == 1
 
@@ -327,11 +312,10 @@ def test_given_state_is_donated():
 
 
 def test_one_batch_is_learnt():
-    state, batch = make_state(), make_batch()
-    _, history = compiled(BATCH, 1)(state, batch, 40)
+    state = make_state(optimizer=optax.adam(LEARNING_RATE))
+    _, history = compiled(SEPARATE, 2, "adam")(state, make_batch(), 30)
     for name in ("loss", "segmentation_loss", "contrastive_loss", "pseudo_label_loss"):
-        assert history[-1][name] < 0.9 * history[0][name], name
-    assert history[-1]["loss"] < 0.7 * history[0]["loss"]
+        assert history[-1][name] < 0.7 * history[0][name], name
 
 
 def test_baseline_batch_leaves_the_projection_head_alone_and_weight_zero_changes_nothing():
@@ -359,6 +343,9 @@ def test_baseline_batch_leaves_the_projection_head_alone_and_weight_zero_changes
 
 def test_augmentation_does_not_depend_on_the_number_of_devices():
     batch, key = make_batch(), jax.random.key(3)
+    # All slices alike, all views alike.
+    batch["image"][:], batch["label"][:] = batch["image"][0], batch["label"][0]
+    batch["pair_image"][:] = 0.5
     one = jax.jit(lambda b: steps.augment_batch(key, b, AUGMENT, None))(batch)
     four = jax.pmap(
         lambda b: steps.augment_batch(key, b, AUGMENT, AXIS),
@@ -371,12 +358,11 @@ def test_augmentation_does_not_depend_on_the_number_of_devices():
         np.testing.assert_allclose(
             np.asarray(four[name]).reshape(batch[name].shape), one[name], atol=1e-5
         )
-    # Masks of views stay, their images and everything labelled move; no two slices alike.
+    # Each draws for itself; the masks of views stay, the labels of the others move.
+    for name, count in (("image", 8), ("pair_image", 8)):
+        assert len(np.unique(one[name].reshape(count, -1), axis=0)) == count
     np.testing.assert_array_equal(one["pair_label"], batch["pair_label"])
-    factors = one["pair_image"][:, :, 0, 0] / batch["pair_image"][:, :, 0, 0]
-    assert np.unique(factors).size == factors.size
     assert np.any(one["label"] != batch["label"])
-    assert all(np.any(a != b) for a, b in zip(one["image"], batch["image"], strict=True))
 
 
 def test_initial_kernels_are_he_normal_and_truncated():
