@@ -50,7 +50,7 @@ def cross_entropy_loss(logits: Array, labels: Array, *, class_weights: Array) ->
     """
     log_probs = jax.nn.log_softmax(logits, axis=-1)
     weights = jax.nn.one_hot(labels, logits.shape[-1], dtype=log_probs.dtype)
-    weights = weights * jnp.asarray(class_weights, log_probs.dtype)
+    weights = weights * jnp.asarray(class_weights, log_probs.dtype)[None, None, None]
     return -jnp.mean(jnp.sum(weights * log_probs, axis=-1), axis=(1, 2))
 
 
@@ -183,17 +183,19 @@ def local_contrastive_loss(
         z = jax.vmap(lambda e, a: e[a[..., 0], a[..., 1]])(embeddings, anchors)
         z = z.reshape(2, num_anchored * num_pixels, -1)
         weights = jnp.repeat(jnp.eye(num_anchored, dtype=z.dtype), num_pixels, axis=0) / num_pixels
-        weights = weights * present[:, None, :]
+        weights = weights[None] * present[:, None, :]
 
     # Means that serve as positives and negatives, [M, c, E], and visible to which image [2, M].
+    references, references_present = means, present
     if matching == "batch" and axis_name is not None:
-        references = jax.lax.all_gather(means, axis_name).reshape(-1, *means.shape[1:])
-        references_present = jax.lax.all_gather(present, axis_name).reshape(-1, num_anchored)
-    else:
-        references, references_present = means, present
+        axes = (axis_name,) if isinstance(axis_name, str) else axis_name
+        # One axis at a time, innermost first: a vmapped and a device axis cannot gather as one.
+        for axis in reversed(axes):
+            references = jax.lax.all_gather(references, axis, tiled=True)
+            references_present = jax.lax.all_gather(references_present, axis, tiled=True)
     num_references = references.shape[0]
     visible = jnp.eye(2, dtype=bool) if matching == "intra" else jnp.ones((2, num_references), bool)
-    mask = visible[:, :, None] & references_present  # [2, M, c]
+    mask = visible[:, :, None] & references_present[None]  # [2, M, c]
 
     z, references = _unit(z), _unit(references)
     similarity = jnp.einsum("nae,mce->namc", z, references) / temperature
