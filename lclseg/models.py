@@ -16,10 +16,14 @@ Array = jax.Array
 def max_pool(x: Array) -> Array:
     """Max over 2 x 2 blocks, [B, H, W, F] -> [B, H/2, W/2, F].
 
-    Reshape and max instead of `nn.max_pool`: the gradient is a comparison, no select-and-scatter.
+    Pairwise maxima instead of `nn.max_pool`: the gradient is a choice between two, no
+    select-and-scatter; and no `max` over an axis, whose gradient divides by the number of entries
+    equal to the maximum, which is 0 where the compiler computes an entry twice with other rounding.
     """
     b, h, w, f = x.shape
-    return x.reshape(b, h // 2, 2, w // 2, 2, f).max(axis=(2, 4))
+    x = x.reshape(b, h // 2, 2, w // 2, 2, f)
+    x = jnp.maximum(x[:, :, 0], x[:, :, 1])
+    return jnp.maximum(x[:, :, :, 0], x[:, :, :, 1])
 
 
 def upsample_conv(x: Array, kernel: Array) -> Array:

@@ -20,6 +20,7 @@ import flax.jax_utils
 import jax
 import numpy as np
 import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
@@ -196,6 +197,21 @@ def take_over_baseline(run: Run, results: dict) -> None:
     report.write_json(run.workdir / "results.json", results)
 
 
+def replicate(state: steps.TrainState) -> steps.TrainState:
+    """One copy per device, placed as the compiled steps return it.
+
+    `flax.jax_utils.replicate` names its device axis differently: the second step would be compiled
+    anew.
+    """
+    devices = jax.local_devices()
+    sharding = NamedSharding(Mesh(np.array(devices), (AXIS,)), PartitionSpec(AXIS))
+
+    def place(x):
+        return jax.device_put(np.broadcast_to(np.asarray(x), (len(devices), *x.shape)), sharding)
+
+    return jax.tree.map(place, state)
+
+
 def predictor(
     run: Run, state: steps.TrainState, refine: Callable | None = None
 ) -> evaluation.Predict:
@@ -206,7 +222,7 @@ def predictor(
     num_devices = jax.local_device_count()
     per_device = -(-run.config.data.eval_batch_size // num_devices)
     capacity = per_device * num_devices
-    replicated = flax.jax_utils.replicate(state)
+    replicated = replicate(state)
 
     def predict(images: np.ndarray) -> np.ndarray:
         padding = np.zeros((capacity - len(images), *images.shape[1:]), images.dtype)
@@ -292,7 +308,7 @@ def fit(
             logger.info("%s: going on from step %d of %d", stage, done, num_steps)
         else:
             latest = state
-        replicated = flax.jax_utils.replicate(latest)
+        replicated = replicate(latest)
         batches = input_pipeline.read_ahead(make_batch, first_step + done, first_step + num_steps)
         bar = tqdm(batches, stage, num_steps, initial=done, unit="step", disable=None)
         for number, batch in enumerate(bar, start=done + 1):

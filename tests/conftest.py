@@ -1,4 +1,5 @@
 import os
+import tempfile
 from pathlib import Path
 
 import jax
@@ -8,6 +9,9 @@ import pytest
 jax.config.update("jax_num_cpu_devices", 4)
 # Every broadcast between different ranks must be spelled out.
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# A program that several tests compile is compiled once per session.
+_CACHE = tempfile.TemporaryDirectory(prefix="lclseg-test-cache-")
+jax.config.update("jax_compilation_cache_dir", _CACHE.name)
 
 
 def pytest_configure(config):

@@ -169,12 +169,13 @@ def test_gradient_is_finite_when_the_compiler_computes_a_pooled_pixel_twice():
         )
         return jnp.sum(jnp.sin(logits))
 
-    options = {"xla_backend_optimization_level": 0}
+    # Away from scale 1 and bias 0, with which BatchNorm rounds nothing.
     rng = np.random.default_rng(0)
     params = jax.tree.map(
-        lambda p: (p * rng.uniform(0.8, 1.2, p.shape)).astype(np.float32), variables["params"]
+        lambda p: p + rng.normal(0, 0.1, p.shape).astype(np.float32), variables["params"]
     )
-    grad = jax.jit(jax.grad(loss), compiler_options=options)(params)
+    lowest = {"xla_backend_optimization_level": 0}
+    grad = jax.jit(jax.grad(loss), compiler_options=lowest)(params)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grad))
 
 
