@@ -30,14 +30,14 @@ def main(argv):
     data = config.data
     default = f"runs/{data.name}/{data.num_labeled}_{data.split}_seed{config.seed}"
     workdir = Path(_WORKDIR.value or default).expanduser().absolute()
-    absl.logging.set_verbosity(absl.logging.WARNING)  # Orbax and TFDS log by the page
+    absl.logging.set_verbosity(absl.logging.ERROR)  # Orbax and TFDS log by the page
     logging.getLogger("lclseg").setLevel(logging.INFO)
     cache = Path("~/.cache/lclseg/xla").expanduser()
     jax.config.update("jax_compilation_cache_dir", str(cache))
     train.use_cpu_devices(config)
     try:
         results = train.train_and_evaluate(config, workdir)
-    except (ConfigError, SplitError, VolumeError) as error:
+    except (ConfigError, SplitError, VolumeError, FloatingPointError) as error:
         sys.exit(f"lclseg: {error}")
     print(f"\n{report.table(results)}\n\n{workdir}")
 
