@@ -90,7 +90,7 @@ def test_every_data_file_is_packaged(setup_cfg):
 
 @pytest.mark.parametrize(
     ("folder", "extras"),
-    [("lclseg", ()), ("tfds_builders", ()), ("configs", ()), ("tests", ("test",))],
+    [("lclseg", ()), ("tfds_builders", ()), ("configs", ()), ("tests", ("test", "oracle"))],
 )
 def test_every_import_is_declared(folder, extras, setup_cfg):
     declared = {normal(REQUIREMENT.match(r)[1]) for r in requirements(setup_cfg, *extras)}
@@ -201,8 +201,8 @@ def test_run_sh_adds_the_test_packages_to_what_is_there(run_sh):
     checks = ["check .", "format --check ."]
     process, calls = run_sh("test", "-k", "x")
     assert process.returncode == 0
-    assert actions(calls)[:3] == ["pip .[test]", *checks]
-    assert actions(calls)[3].startswith("-m pytest") and actions(calls)[3].endswith("-k x")
+    assert actions(calls)[:-1] == ["pip .[test]", "pip .[oracle]", *checks]
+    assert actions(calls)[-1].startswith("-m pytest") and actions(calls)[-1].endswith("-k x")
     assert actions(run_sh("test")[1])[:2] == checks
     assert actions(run_sh()[1]) == [TRAIN]
 
@@ -238,6 +238,14 @@ def test_run_sh_keeps_an_environment_made_by_hand(run_sh):
     shutil.copy(run_sh.folder / "stand_in", binaries / "python")
     assert actions(run_sh()[1]) == ["pip .", TRAIN]
     assert actions(run_sh()[1]) == [TRAIN]
+
+
+def test_run_sh_tests_without_the_oracle_where_it_does_not_build(run_sh):
+    stand_in = run_sh.folder / "stand_in"
+    stand_in.write_text(stand_in.read_text() + 'if [[ "$*" == *oracle* ]]; then exit 1; fi\n')
+    process, calls = run_sh("test")
+    assert process.returncode == 0 and "tests against it are skipped" in process.stderr
+    assert actions(calls)[-1].startswith("-m pytest")
 
 
 @pytest.mark.parametrize(

@@ -238,3 +238,21 @@ def test_table_shows_each_stage(finished):
     assert [line.split()[0] for line in lines[4:]] == ["baseline", "round_1", "round_2"]
     for line, stage in zip(lines[4:], results["results"].values(), strict=True):
         assert f"{stage['test']['mean_dice']:.4f}" in line
+
+
+def test_predictions_pass_through_the_refinement(finished, data_dir, tmp_path):
+    workdir, _ = finished
+    run = train.start_run(tiny_config(data_dir), workdir)
+    state = train.initial_state(run, 0)
+    images, _ = run.prepared.read_slices(range(5))  # less than a batch: padded and cut again
+    plain = train.predictor(run, state)(images)
+    seen = []
+
+    def swap_classes(slices, probs):
+        seen.append(slices.shape)
+        np.testing.assert_array_equal(slices[:5], images)
+        return probs[..., ::-1]
+
+    refined = train.predictor(run, state, swap_classes)(images)
+    np.testing.assert_array_equal(refined, plain[..., ::-1])
+    assert seen == [(16, 32, 32)]
