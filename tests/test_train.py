@@ -234,9 +234,10 @@ def test_table_shows_each_stage(finished):
     _, results = finished
     text = report.table(results)
     lines = text.splitlines()
-    assert "1 labelled, 3 unlabelled, 2 validation, 2 test volumes" in lines[0]
-    assert [line.split()[0] for line in lines[4:]] == ["baseline", "round_1", "round_2"]
-    for line, stage in zip(lines[4:], results["results"].values(), strict=True):
+    assert lines[0].startswith("SYNTHETIC")
+    assert "1 labelled, 3 unlabelled, 2 validation, 2 test volumes" in lines[1]
+    assert [line.split()[0] for line in lines[5:]] == ["baseline", "round_1", "round_2"]
+    for line, stage in zip(lines[5:], results["results"].values(), strict=True):
         assert f"{stage['test']['mean_dice']:.4f}" in line
 
 
