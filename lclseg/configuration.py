@@ -27,6 +27,14 @@ POSITIVE = (
     "crf.bilateral_sigma",
     "crf.intensity_sigma",
 )
+NOT_NEGATIVE = (
+    "loss.contrastive_weight",
+    "loss.pseudo_label_weight",
+    "crf.num_steps",
+    "crf.spatial_weight",
+    "crf.bilateral_weight",
+    "rounds.num_rounds",
+)
 # Prefixes of the keys that the baseline does not depend on.
 JOINT_ONLY = (
     "num_cpu_devices",
@@ -66,6 +74,12 @@ def check_config(config: ConfigDict, *, num_devices: int) -> None:
     for key in POSITIVE:
         if not _value(config, key) > 0:
             problems.append(f"{key} is {_value(config, key)}; wanted a number above 0")
+    for key in NOT_NEGATIVE:
+        if not _value(config, key) >= 0:
+            problems.append(f"{key} is {_value(config, key)}; wanted 0 or more")
+    anchors = config.loss.pixels_per_class
+    if anchors is not None and anchors <= 0:
+        problems.append(f"loss.pixels_per_class is {anchors}; wanted a number above 0, or None")
     if not 0 <= config.optimizer.ema_decay < 1:
         problems.append(f"optimizer.ema_decay is {config.optimizer.ema_decay}; wanted 0 <= x < 1")
     multiple = 2 ** (len(config.model.filters) - 1)

@@ -390,7 +390,6 @@ def pseudo_label_pool(
     folder = run.workdir / "pseudo_labels" / f"round_{round_number}"
     if (folder / "report.json").exists():
         return load_pseudo_labels(folder, run.prepared, run.split.unlabeled)
-    # All CRF settings are static to its compiled form, so numbers of the config are passed as such.
     refine = functools.partial(dense_crf, **run.config.crf) if run.config.crf.num_steps else None
     return make_pseudo_labels(
         predictor(run, best.state, refine),

@@ -193,6 +193,8 @@ def test_foreign_folder_is_not_written_into(data_dir, tmp_path):
         ("loss.segmentation", "dise", r"loss\.segmentation is 'dise'"),
         ("data.image_size", 31, r"wanted a multiple of 2"),
         ("rounds.eval_every", 0, r"rounds\.eval_every is 0"),
+        ("crf.num_steps", -1, r"crf\.num_steps is -1"),
+        ("loss.pixels_per_class", 0, r"loss\.pixels_per_class is 0"),
     ],
 )
 def test_bad_values_are_refused_before_anything_is_written(data_dir, tmp_path, key, value, message):
