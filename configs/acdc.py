@@ -57,6 +57,7 @@ def get_config() -> ConfigDict:
     data.name = "acdc"
     data.image_size = 192
     data.target_spacing_mm = 1.36719
+    data.n4_shrink_factor = 4
     data.num_labeled = "1"
     data.min_classes = 3
     data.test_patients = TEST

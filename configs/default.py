@@ -19,6 +19,7 @@ def get_config() -> ConfigDict:
     data.manual_dir = ""  # the downloaded volumes
     data.image_size = 192  # px
     data.target_spacing_mm = 1.0  # in-plane
+    data.n4_shrink_factor = 0  # of N4 bias-field correction: fit to every n-th pixel; 0: none
     data.num_labeled = "1"  # which lists of `splits`: "1", "2", "8", "all"
     data.split = "c1"
     data.splits = ConfigDict()  # splits[num_labeled][split] = {labeled, validation}
@@ -43,7 +44,8 @@ def get_config() -> ConfigDict:
     model.dtype = "float32"  # of the computation; "bfloat16" on TPU and GPU
 
     loss = config.loss = ConfigDict()
-    loss.segmentation = "dice_with_background"  # or dice_foreground, cross_entropy
+    # dice_with_background, dice_foreground, cross_entropy or batch_dice_and_cross_entropy
+    loss.segmentation = "dice_with_background"
     loss.class_weights = ()  # of cross_entropy, background first; (): equal
     loss.contrastive_weight = 0.02  # lambda; the authors' 0.1 in their normalisation
     loss.temperature = 0.1  # tau
@@ -64,6 +66,7 @@ def get_config() -> ConfigDict:
     augment.view_contrast_range = (0.7, 1.3)  # contrastive views: intensity only
     augment.view_max_brightness = 0.3
     augment.view_clip = (0.0, 1.5)
+    augment.view_geometry = False  # True: views are moved like labelled slices, masks with them
 
     crf = config.crf = ConfigDict()  # refines the pseudo-labels, slice by slice
     crf.num_steps = 30  # of mean field; 0: no CRF
@@ -72,6 +75,11 @@ def get_config() -> ConfigDict:
     crf.bilateral_sigma = 0.01  # px: in effect a pixel's feedback on itself
     crf.intensity_sigma = 0.5
     crf.bilateral_weight = 10.0
+
+    pseudo_labels = config.pseudo_labels = ConfigDict()
+    # Gate: two augmented predictions of a volume must agree to more than this Dice, else it is left
+    # out of the round; the authors' is 0.9. 0: no gate.
+    pseudo_labels.min_agreement = 0.0
 
     optimizer = config.optimizer = ConfigDict()
     optimizer.learning_rate = 1e-3  # Adam

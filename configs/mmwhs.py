@@ -54,6 +54,7 @@ def get_config() -> ConfigDict:
     data.name = "mmwhs"
     data.image_size = 160
     data.target_spacing_mm = 1.5
+    data.n4_shrink_factor = 4
     data.num_labeled = "1"
     data.min_classes = 3
     data.test_patients = TEST

@@ -48,6 +48,7 @@ def get_config() -> ConfigDict:
     data.name = "prostate"
     data.image_size = 192
     data.target_spacing_mm = 0.625
+    data.n4_shrink_factor = 4
     data.num_labeled = "1"
     data.min_classes = 2  # of three: METHOD asks for 2 where there are two foreground classes
     data.test_patients = TEST

@@ -5,7 +5,12 @@ from ml_collections import ConfigDict
 from lclseg.losses import MATCHINGS
 
 CHOICES = {
-    "loss.segmentation": ("dice_with_background", "dice_foreground", "cross_entropy"),
+    "loss.segmentation": (
+        "dice_with_background",
+        "dice_foreground",
+        "cross_entropy",
+        "batch_dice_and_cross_entropy",
+    ),
     "loss.matching": MATCHINGS,
     "optimizer.schedule": ("constant", "cosine"),
     "model.dtype": ("float32", "bfloat16"),
@@ -30,6 +35,7 @@ POSITIVE = (
 NOT_NEGATIVE = (
     "loss.contrastive_weight",
     "loss.pseudo_label_weight",
+    "data.n4_shrink_factor",
     "crf.num_steps",
     "crf.spatial_weight",
     "crf.bilateral_weight",
@@ -53,6 +59,7 @@ JOINT_ONLY = (
     "loss.separate_batch_norm",
     "augment.view_",
     "crf.",
+    "pseudo_labels.",
     "rounds.num_rounds",
     "rounds.steps_per_round",
     "rounds.fresh_heads",
@@ -80,6 +87,11 @@ def check_config(config: ConfigDict, *, num_devices: int) -> None:
     anchors = config.loss.pixels_per_class
     if anchors is not None and anchors <= 0:
         problems.append(f"loss.pixels_per_class is {anchors}; wanted a number above 0, or None")
+    if not 0 <= config.pseudo_labels.min_agreement < 1:
+        problems.append(
+            f"pseudo_labels.min_agreement is {config.pseudo_labels.min_agreement}; wanted "
+            "0 <= x < 1, 0 for no gate"
+        )
     if not 0 <= config.optimizer.ema_decay < 1:
         problems.append(f"optimizer.ema_decay is {config.optimizer.ema_decay}; wanted 0 <= x < 1")
     multiple = 2 ** (len(config.model.filters) - 1)

@@ -54,6 +54,32 @@ def cross_entropy_loss(logits: Array, labels: Array, *, class_weights: Array) ->
     return -jnp.mean(jnp.sum(weights * log_probs, axis=-1), axis=(1, 2))
 
 
+def batch_dice_loss(
+    logits: Array, labels: Array, *, epsilon: float = 1e-5, axis_name: str | None = None
+) -> Array:
+    """Soft Dice loss of the whole batch taken as one image, background included.
+
+    loss = 1 - mean_c (2 sum_bi p_bic g_bic + epsilon) / (sum_bi p_bic + sum_bi g_bic + epsilon)
+
+    A false positive in a slice without the class lowers it; in `dice_loss` such a slice has a
+    constant loss (nearly) and teaches nothing.
+
+    Args:
+      logits: [B, H, W, C] float.
+      labels: [B, H, W] int in 0..C-1.
+      epsilon: makes a class that is absent from labels and predictions count as Dice 1.
+      axis_name: mapped axis over whose slices the sums run too; None: these are the whole batch.
+
+    Returns:
+      Scalar in [0, 1], the same on every device of the axis.
+    """
+    probs = jax.nn.softmax(logits, axis=-1)
+    onehot = jax.nn.one_hot(labels, logits.shape[-1], dtype=probs.dtype)
+    sums = jnp.sum(probs * onehot, axis=(0, 1, 2)), jnp.sum(probs + onehot, axis=(0, 1, 2))
+    overlap, total = sums if axis_name is None else jax.lax.psum(sums, axis_name)
+    return 1 - jnp.mean((2 * overlap + epsilon) / (total + epsilon))
+
+
 def _unit(vectors: Array) -> Array:
     """Vectors of length 1 along the last axis; a zero vector stays zero, with a finite gradient."""
     return vectors * jax.lax.rsqrt(jnp.sum(vectors**2, axis=-1, keepdims=True) + 1e-24)

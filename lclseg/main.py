@@ -22,6 +22,7 @@ def main(argv):
 
     from lclseg import report, train
     from lclseg.configuration import ConfigError
+    from lclseg.pseudo_labels import PseudoLabelError
     from lclseg.splits import SplitError
 
     if len(argv) > 1:
@@ -37,7 +38,13 @@ def main(argv):
     train.use_cpu_devices(config)
     try:
         results = train.train_and_evaluate(config, workdir)
-    except (ConfigError, SplitError, VolumeError, FloatingPointError) as error:
+    except (
+        ConfigError,
+        SplitError,
+        VolumeError,
+        PseudoLabelError,
+        FloatingPointError,
+    ) as error:
         sys.exit(f"lclseg: {error}")
     print(f"\n{report.table(results)}\n\n{workdir}")
 

@@ -89,7 +89,13 @@ class PreparedSet:
 
 
 def open_prepared(
-    name: str, *, image_size: int, target_spacing_mm: float, data_dir: str, manual_dir: str
+    name: str,
+    *,
+    image_size: int,
+    target_spacing_mm: float,
+    data_dir: str,
+    manual_dir: str,
+    n4_shrink_factor: int = 0,
 ) -> PreparedSet:
     """Opens `tfds_builders/<name>`, preparing it first if that was not done yet.
 
@@ -99,6 +105,7 @@ def open_prepared(
       data_dir: where prepared sets live; "" means TFDS's own (TFDS_DATA_DIR or
         ~/tensorflow_datasets).
       manual_dir: folder with the downloaded volumes, for data sets that need one.
+      n4_shrink_factor: of N4 bias-field correction, see `bias_field`; 0: none.
 
     Raises:
       volumes.VolumeError: no such builder; data folder missing or unlike the published one; a
@@ -115,7 +122,11 @@ def open_prepared(
         ) from None
     from tfds_builders import slices  # here: lclseg imports without the builders
 
-    config = slices.grid_config(image_size=image_size, target_spacing_mm=target_spacing_mm)
+    config = slices.grid_config(
+        image_size=image_size,
+        target_spacing_mm=target_spacing_mm,
+        n4_shrink_factor=n4_shrink_factor,
+    )
     builder = module.Builder(config=config, data_dir=data_dir or None, file_format="array_record")
     if not builder.is_prepared():
         _prepare(builder, name, manual_dir)

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
-from collections.abc import Sequence
+import logging
+import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,15 @@ from tqdm import tqdm
 
 from lclseg import evaluation, metrics, volumes
 from lclseg.prepared import PreparedSet
+
+logger = logging.getLogger("lclseg")
+# A class is suspicious if the pool's volumes show it so many times more, or less, of it than the
+# labelled ones do.
+SUSPICIOUS_FACTOR = 4
+
+
+class PseudoLabelError(ValueError):
+    """No pseudo-labels to train on; the message tells why, and the way out."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +32,7 @@ class PseudoLabels:
       records: [n] record numbers of the slices, ascending.
       labels: [n, H, W] uint8 on the training grid, mapped from disk.
       class_pixels: [n, C] pixels of each class per slice: the sampler's index table.
-      report: statistics of the round, ready for JSON.
+      report: statistics of the round, ready for JSON; names the volumes.
     """
 
     folder: Path
@@ -47,8 +58,14 @@ def make_pseudo_labels(
     *,
     batch_size: int,
     previous: PseudoLabels | None,
+    labeled_ids: Sequence[str] = (),
+    agreements: Mapping[str, float] | None = None,
+    min_agreement: float = 0.0,
 ) -> PseudoLabels:
     """Predicts the pool and writes a new set of pseudo-labels into `folder`.
+
+    Where no volume passes the gate, or a class has vanished from the whole pool, there is nothing
+    to learn from: the pseudo-labels of the round before are kept, and the report says so.
 
     Args:
       predict: slices -> class probabilities.
@@ -56,11 +73,31 @@ def make_pseudo_labels(
       volume_ids: the unlabelled volumes.
       folder: of this round; report.json is written last and marks it complete.
       batch_size: slices per call of `predict`.
-      previous: pseudo-labels of the round before, for the agreement in the report.
+      previous: pseudo-labels of the round before.
+      labeled_ids: volumes whose ground truth tells how large the classes are, for the warnings.
+      agreements: of the volumes, see `consistency.agreement`; None: no gate.
+      min_agreement: a volume passes the gate if its agreement is above this.
+
+    Raises:
+      PseudoLabelError: no volume passes the gate, and there is no round before.
     """
     # Records ascending, so that `read` can search them.
     ids = sorted(volume_ids, key=lambda v: prepared.volumes[v].first_slice)
-    records = np.concatenate([np.asarray(prepared.volumes[v].slices) for v in ids])
+    gate = None
+    if agreements is not None:
+        rejected = [v for v in ids if not agreements[v] > min_agreement]
+        gate = {
+            "min_agreement": min_agreement,
+            "agreement": {v: agreements[v] for v in ids},
+            "rejected": rejected,
+        }
+        if rejected == ids:
+            best = max(agreements.values())
+            reason = f"no volume's agreement is above {min_agreement} (the best has {best:.3f})"
+            return _keep_previous(previous, folder, prepared, reason, gate)
+        ids = [v for v in ids if v not in rejected]
+
+    records = _records(prepared, ids)
     folder.mkdir(parents=True, exist_ok=True)
     size = prepared.image_size
     labels = np.lib.format.open_memmap(
@@ -78,7 +115,7 @@ def make_pseudo_labels(
         confidence.append(float(probs.max(axis=-1).mean()))
         if not label.any():
             empty.append(volume_id)
-        if previous is not None:
+        if previous is not None and volume_id in previous.report["volume_ids"]:
             before = previous.read(records[rows])
             agreement.append(_mean_foreground_dice(label, before, prepared.num_classes))
         native = prepared.read_native(volume_id)
@@ -94,37 +131,103 @@ def make_pseudo_labels(
                 with_distances=False,
             )
     labels.flush()
-    class_pixels = _count_classes(labels, prepared.num_classes)
+    voxels = _mean_voxels(_count_classes(labels, prepared.num_classes), len(ids), prepared)
+    vanished = [name for name, count in voxels.items() if count == 0]
+    if vanished and previous is not None:
+        reason = f"no volume shows {', '.join(vanished)} any more"
+        return _keep_previous(previous, folder, prepared, reason, gate)
     summary = metrics.summarize(true_metrics, class_names=prepared.class_names)
     report = {
+        "volume_ids": ids,
         "num_volumes": len(ids),
-        "mean_voxels_per_class": {
-            name: float(class_pixels[:, k].sum() / len(ids))
-            for k, name in enumerate(prepared.class_names, start=1)
-        },
+        "gate": gate,
+        "kept_previous": None,
+        "mean_voxels_per_class": voxels,
         "empty_volumes": empty,
         "mean_confidence": float(np.mean(confidence)),
         "dice_with_previous_round": float(np.nanmean(agreement)) if agreement else None,
         "true_mean_dice": summary["mean_dice"],
         "true_dice_per_class": summary["dice_per_class"],
+        "warnings": _warnings(voxels, empty, len(ids), prepared, labeled_ids),
     }
-    (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-    return load_pseudo_labels(folder, prepared, volume_ids)
+    return _finish(folder, prepared, report)
 
 
-def load_pseudo_labels(
-    folder: Path, prepared: PreparedSet, volume_ids: Sequence[str]
-) -> PseudoLabels:
-    """Opens what `make_pseudo_labels` wrote for the same volumes."""
-    ids = sorted(volume_ids, key=lambda v: prepared.volumes[v].first_slice)
+def load_pseudo_labels(folder: Path, prepared: PreparedSet) -> PseudoLabels:
+    """Opens what `make_pseudo_labels` wrote."""
     labels = np.load(folder / "labels.npy", mmap_mode="r", allow_pickle=False)
+    report = json.loads((folder / "report.json").read_text())
     return PseudoLabels(
         folder=folder,
-        records=np.concatenate([np.asarray(prepared.volumes[v].slices) for v in ids]),
+        records=_records(prepared, report["volume_ids"]),
         labels=labels,
         class_pixels=_count_classes(labels, prepared.num_classes),
-        report=json.loads((folder / "report.json").read_text()),
+        report=report,
     )
+
+
+def _finish(folder: Path, prepared: PreparedSet, report: dict) -> PseudoLabels:
+    """Writes the report, which completes the round, and tells what is odd about it."""
+    for warning in report["warnings"]:
+        logger.warning("pseudo-labels in %s: %s", folder.name, warning)
+    (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    return load_pseudo_labels(folder, prepared)
+
+
+def _keep_previous(
+    previous: PseudoLabels | None, folder: Path, prepared: PreparedSet, reason: str, gate
+) -> PseudoLabels:
+    """Copies the pseudo-labels of the round before, with a report that says why."""
+    if previous is None:
+        raise PseudoLabelError(
+            f"pseudo-labels: {reason}, and there is no round before to fall back on; lower "
+            "pseudo_labels.min_agreement, or train the baseline longer"
+        )
+    if folder.exists():
+        shutil.rmtree(folder)
+    shutil.copytree(previous.folder, folder, ignore=shutil.ignore_patterns("report.json"))
+    changes = {
+        "gate": gate,
+        "kept_previous": reason,
+        "dice_with_previous_round": 1.0,
+        "warnings": [f"{reason}; those of the round before are kept"],
+    }
+    return _finish(folder, prepared, previous.report | changes)
+
+
+def _warnings(
+    voxels: Mapping[str, float],
+    empty: Sequence[str],
+    num_volumes: int,
+    prepared: PreparedSet,
+    labeled_ids: Sequence[str],
+) -> list[str]:
+    """What looks like a collapse: most volumes empty, a class gone or far off its usual size."""
+    warnings = []
+    if 2 * len(empty) > num_volumes:
+        warnings.append(f"{len(empty)} of {num_volumes} volumes are empty")
+    if not labeled_ids:
+        return warnings
+    counts = np.concatenate([prepared.volumes[v].class_pixels for v in labeled_ids])
+    for name, usual in _mean_voxels(counts, len(labeled_ids), prepared).items():
+        if not usual / SUSPICIOUS_FACTOR <= voxels[name] <= usual * SUSPICIOUS_FACTOR:
+            warnings.append(
+                f"{name} has {voxels[name]:.0f} voxels a volume, in the labelled volumes "
+                f"{usual:.0f}"
+            )
+    return warnings
+
+
+def _records(prepared: PreparedSet, volume_ids: Sequence[str]) -> np.ndarray:
+    return np.concatenate([np.asarray(prepared.volumes[v].slices) for v in volume_ids])
+
+
+def _mean_voxels(
+    class_pixels: np.ndarray, num_volumes: int, prepared: PreparedSet
+) -> dict[str, float]:
+    """Foreground voxels a volume on the training grid, by class name, from counts [n, C]."""
+    means = class_pixels.sum(axis=0) / num_volumes
+    return {name: float(means[k]) for k, name in enumerate(prepared.class_names, start=1)}
 
 
 def _count_classes(labels: np.ndarray, num_classes: int) -> np.ndarray:

@@ -70,6 +70,7 @@ class AugmentOptions(NamedTuple):
     view_contrast_range: tuple[float, float]
     view_max_brightness: float
     view_clip: tuple[float, float]
+    view_geometry: bool
 
 
 def create_train_state(
@@ -138,9 +139,18 @@ def restart(state: TrainState, optimizer: optax.GradientTransformation, *, step:
     )
 
 
-def segmentation_loss(logits: Array, labels: Array, options: LossOptions) -> Array:
-    """The segmentation loss of the config, per image: [B, H, W, C], [B, H, W] -> [B]."""
+def segmentation_loss(
+    logits: Array, labels: Array, options: LossOptions, axis_name: str | None = None
+) -> Array:
+    """The segmentation loss of the config, per image: [B, H, W, C], [B, H, W] -> [B].
+
+    Its mean over the global batch is the loss; a term of the whole batch counts the same in each.
+    """
     match options.segmentation:
+        case "batch_dice_and_cross_entropy":
+            equal = jnp.ones(logits.shape[-1])
+            cross_entropy = losses.cross_entropy_loss(logits, labels, class_weights=equal)
+            return cross_entropy + losses.batch_dice_loss(logits, labels, axis_name=axis_name)
         case "dice_with_background":
             return losses.dice_loss(logits, labels)
         case "dice_foreground":
@@ -155,7 +165,7 @@ def segmentation_loss(logits: Array, labels: Array, options: LossOptions) -> Arr
             return losses.cross_entropy_loss(logits, labels, class_weights=weights)
     raise ValueError(
         f"loss.segmentation is {options.segmentation!r}; wanted dice_with_background, "
-        "dice_foreground or cross_entropy"
+        "dice_foreground, cross_entropy or batch_dice_and_cross_entropy"
     )
 
 
@@ -179,10 +189,14 @@ def _slice_keys(key: Array, num_local: int, axis_name: str | None) -> Array:
 def augment_batch(
     key: Array, batch: dict[str, Array], options: AugmentOptions, axis_name: str | None
 ) -> dict[str, Array]:
-    """Augments labelled slices (geometry and intensity) and contrastive views (intensity only)."""
+    """Augments labelled slices, and contrastive views with their masks.
+
+    Labelled slices are moved and their intensities jittered; views are jittered, and with
+    `view_geometry` moved as well, each with its own mask.
+    """
     label_key, view_key = jax.random.split(key)
 
-    def labeled(k, image, label):
+    def move(k, image, label, contrast_range, max_brightness):
         return augment.augment_slice(
             k,
             image,
@@ -191,27 +205,36 @@ def augment_batch(
             scale_range=options.scale_range,
             elastic_probability=options.elastic_probability,
             elastic_sigma_px=options.elastic_sigma_px,
-            contrast_range=options.contrast_range,
-            max_brightness=options.max_brightness,
+            contrast_range=contrast_range,
+            max_brightness=max_brightness,
         )
 
-    def view(k, image):
-        return augment.augment_view(
+    def labeled(k, image, label):
+        return move(k, image, label, options.contrast_range, options.max_brightness)
+
+    def view(k, image, label):
+        if options.view_geometry:
+            geometry_key, k = jax.random.split(k)
+            image, label = move(geometry_key, image, label, (1.0, 1.0), 0.0)
+        image = augment.augment_view(
             k,
             image,
             contrast_range=options.view_contrast_range,
             max_brightness=options.view_max_brightness,
             clip=options.view_clip,
         )
+        return image, label
 
     keys = _slice_keys(label_key, batch["image"].shape[0], axis_name)
     image, label = jax.vmap(labeled)(keys, batch["image"], batch["label"])
     out = {**batch, "image": image, "label": label}
     if "pair_image" in batch:
-        pairs = batch["pair_image"]
+        pairs, labels = batch["pair_image"], batch["pair_label"]
         keys = _slice_keys(view_key, 2 * pairs.shape[0], axis_name)
-        views = jax.vmap(view)(keys, pairs.reshape(-1, *pairs.shape[2:]))
-        out["pair_image"] = views.reshape(pairs.shape)
+        views, masks = jax.vmap(view)(
+            keys, pairs.reshape(-1, *pairs.shape[2:]), labels.reshape(-1, *labels.shape[2:])
+        )
+        out |= {"pair_image": views.reshape(pairs.shape), "pair_label": masks.reshape(pairs.shape)}
     return out
 
 
@@ -336,7 +359,7 @@ def train_step(
         logits, embeddings, batch_stats = _forward(
             model, params, state.batch_stats, batch, loss_options
         )
-        per_image = segmentation_loss(logits[:num_labeled], batch["label"], loss_options)
+        per_image = segmentation_loss(logits[:num_labeled], batch["label"], loss_options, axis_name)
         parts = {"segmentation_loss": jnp.sum(per_image) / (num_labeled * num_devices)}
         loss = parts["segmentation_loss"]
         if embeddings is not None:
@@ -353,7 +376,7 @@ def train_step(
             loss += loss_options.contrastive_weight * parts["contrastive_loss"]
         if embeddings is not None and loss_options.pseudo_label_weight > 0:
             pair_labels = pair_labels.reshape(-1, *pair_labels.shape[2:])
-            per_view = segmentation_loss(logits[num_labeled:], pair_labels, loss_options)
+            per_view = segmentation_loss(logits[num_labeled:], pair_labels, loss_options, axis_name)
             parts["pseudo_label_loss"] = jnp.sum(per_view) / (per_view.size * num_devices)
             loss += loss_options.pseudo_label_weight * parts["pseudo_label_loss"]
         return loss, ({"loss": loss, **parts}, batch_stats)

@@ -24,7 +24,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from lclseg import checkpoint, evaluation, input_pipeline, report, steps
+from lclseg import checkpoint, consistency, evaluation, input_pipeline, report, steps
 from lclseg.configuration import JOINT_ONLY, ConfigError, check_config, differing_keys
 from lclseg.crf import dense_crf
 from lclseg.models import UNet
@@ -102,6 +102,7 @@ def start_run(config: ConfigDict, workdir: Path) -> Run:
         config.data.name,
         image_size=config.data.image_size,
         target_spacing_mm=config.data.target_spacing_mm,
+        n4_shrink_factor=config.data.n4_shrink_factor,
         data_dir=config.data.data_dir,
         manual_dir=config.data.manual_dir,
     )
@@ -215,7 +216,9 @@ def replicate(state: steps.TrainState) -> steps.TrainState:
 def predictor(
     run: Run, state: steps.TrainState, refine: Callable | None = None
 ) -> evaluation.Predict:
-    """Maps slices [M, H, W] to probabilities [M, H, W, C], in one compiled shape, all devices.
+    """Maps any number of slices [M, H, W] to probabilities [M, H, W, C].
+
+    One compiled shape, of all devices; a part of it that M does not fill is padding.
 
     `refine`, if given, maps (slices, probabilities) to the probabilities returned.
     """
@@ -225,6 +228,10 @@ def predictor(
     replicated = replicate(state)
 
     def predict(images: np.ndarray) -> np.ndarray:
+        chunks = [images[i : i + capacity] for i in range(0, len(images), capacity)]
+        return np.concatenate([predict_chunk(chunk) for chunk in chunks])
+
+    def predict_chunk(images: np.ndarray) -> np.ndarray:
         padding = np.zeros((capacity - len(images), *images.shape[1:]), images.dtype)
         full = np.concatenate([images, padding]).reshape(num_devices, per_device, *images.shape[1:])
         probs = np.asarray(run.predict(replicated, full))
@@ -383,13 +390,26 @@ def finish_stage(
 def pseudo_label_pool(
     run: Run, best: Best, round_number: int, previous: PseudoLabels | None
 ) -> PseudoLabels:
-    """Pseudo-labels for a round: predicted by the best state, refined by the CRF.
+    """Pseudo-labels for a round: predicted by the best state, gated, refined by the CRF.
 
     Read from disk where they are complete.
     """
     folder = run.workdir / "pseudo_labels" / f"round_{round_number}"
     if (folder / "report.json").exists():
-        return load_pseudo_labels(folder, run.prepared, run.split.unlabeled)
+        return load_pseudo_labels(folder, run.prepared)
+    min_agreement = run.config.pseudo_labels.min_agreement
+    agreements = None
+    if min_agreement > 0:
+        predict = predictor(run, best.state)
+        agreements = {
+            volume_id: consistency.agreement(
+                np.random.default_rng((run.config.seed, round_number, entry.first_slice)),
+                predict,
+                run.prepared.read_slices(entry.slices)[0],
+            )
+            for volume_id in tqdm(run.split.unlabeled, "gate", disable=None, leave=False)
+            for entry in [run.prepared.volumes[volume_id]]
+        }
     refine = functools.partial(dense_crf, **run.config.crf) if run.config.crf.num_steps else None
     return make_pseudo_labels(
         predictor(run, best.state, refine),
@@ -398,6 +418,9 @@ def pseudo_label_pool(
         folder,
         batch_size=run.config.data.eval_batch_size,
         previous=previous,
+        labeled_ids=run.split.labeled,
+        agreements=agreements,
+        min_agreement=min_agreement,
     )
 
 

@@ -68,7 +68,16 @@ def make_prepared(*, native_size=(8, 8), spacing_mm=(1.0, 1.0, 4.0)):
     return PreparedSet("fake", ("one", "two"), 8, 1.0, entries, source)
 
 
-def make(folder, *, prepared=None, predict=predict, volume_ids=POOL, batch_size=4, previous=None):
+def make(
+    folder,
+    *,
+    prepared=None,
+    predict=predict,
+    volume_ids=POOL,
+    batch_size=4,
+    previous=None,
+    **options,
+):
     return pseudo_labels.make_pseudo_labels(
         predict,
         prepared or make_prepared(),
@@ -76,6 +85,7 @@ def make(folder, *, prepared=None, predict=predict, volume_ids=POOL, batch_size=
         folder,
         batch_size=batch_size,
         previous=previous,
+        **options,
     )
 
 
@@ -230,12 +240,11 @@ def test_nifti_files_in_native_geometry(tmp_path):
 
 
 def test_load_equals_make(made):
-    for volume_ids in (POOL, sorted(POOL)):
-        loaded = pseudo_labels.load_pseudo_labels(made.folder, make_prepared(), volume_ids)
-        assert loaded.folder == made.folder
-        assert loaded.report == made.report
-        for name in ("records", "labels", "class_pixels"):
-            np.testing.assert_array_equal(getattr(loaded, name), getattr(made, name))
+    loaded = pseudo_labels.load_pseudo_labels(made.folder, make_prepared())
+    assert loaded.folder == made.folder
+    assert loaded.report == made.report
+    for name in ("records", "labels", "class_pixels"):
+        np.testing.assert_array_equal(getattr(loaded, name), getattr(made, name))
 
 
 def test_pseudo_labels_cannot_be_changed(made):
@@ -269,3 +278,83 @@ def test_an_interrupted_round_is_not_complete(tmp_path):
         make(tmp_path / "round", predict=fails_later, batch_size=2)
     assert not (tmp_path / "round" / "report.json").exists()
     np.testing.assert_array_equal(make(tmp_path / "round").labels, EXPECTED)
+
+
+AGREEMENTS = {"a": 0.95, "b": 0.2, "c": 0.9}
+
+
+def background(images):
+    return np.tile(np.array([0.9, 0.1, 0], np.float32), (*images.shape, 1))
+
+
+def test_the_gate_leaves_out_what_does_not_agree(tmp_path):
+    """Above 0.9 only: c, at 0.9, is out. What is out is neither read nor counted nor written."""
+    labels = make(tmp_path, agreements=AGREEMENTS, min_agreement=0.9)
+    assert labels.records.tolist() == [2, 3, 4]
+    np.testing.assert_array_equal(labels.labels, EXPECTED[:3])
+    assert labels.report["volume_ids"] == ["a"] and labels.report["num_volumes"] == 1
+    assert labels.report["gate"] == {
+        "min_agreement": 0.9,
+        "agreement": AGREEMENTS,
+        "rejected": ["b", "c"],
+    }
+    assert not (tmp_path / "b.nii.gz").exists()
+    with pytest.raises(KeyError):
+        labels.read(np.array([7]))
+    loaded = pseudo_labels.load_pseudo_labels(tmp_path, make_prepared())
+    assert loaded.records.tolist() == [2, 3, 4]
+
+
+def test_agreement_with_the_previous_round_is_over_volumes_of_both(tmp_path):
+    before = make(tmp_path / "1", agreements=AGREEMENTS, min_agreement=0.9)
+    after = make(tmp_path / "2", previous=before)
+    assert after.report["dice_with_previous_round"] == 1
+
+
+def test_no_volume_passes_the_gate(made, tmp_path, caplog):
+    again = make(
+        tmp_path / "2", predict=background, previous=made, agreements=AGREEMENTS, min_agreement=0.99
+    )
+    np.testing.assert_array_equal(again.labels, EXPECTED)
+    assert again.records.tolist() == made.records.tolist()
+    assert "above 0.99" in again.report["kept_previous"]
+    assert again.report["gate"]["rejected"] == ["a", "b", "c"]
+    assert "round before are kept" in caplog.text
+    assert (tmp_path / "2" / "c.nii.gz").exists()
+
+
+def test_no_volume_passes_the_gate_in_the_first_round(tmp_path):
+    with pytest.raises(
+        pseudo_labels.PseudoLabelError, match=r"above 0\.99 .*0\.950.*min_agreement"
+    ):
+        make(tmp_path, agreements=AGREEMENTS, min_agreement=0.99)
+
+
+def test_a_vanished_class_keeps_the_previous_round(made, tmp_path, caplog):
+    def without_two(images):
+        return predict(np.minimum(images, 1))
+
+    folder = tmp_path / "2"
+    again = make(folder, predict=without_two, previous=made)
+    np.testing.assert_array_equal(again.labels, EXPECTED)
+    assert again.report["kept_previous"] == "no volume shows two any more"
+    assert "no volume shows two any more" in caplog.text
+    # The files are those of the labels in use.
+    for volume_id in POOL:
+        ours, theirs = (nib.load(f / f"{volume_id}.nii.gz") for f in (folder, made.folder))
+        np.testing.assert_array_equal(np.asarray(ours.dataobj), np.asarray(theirs.dataobj))
+
+
+def test_collapse_is_told(tmp_path, caplog):
+    """ "train" has 10 voxels of each class: more than four times as much, or less, is odd."""
+    prepared = make_prepared()
+    prepared.volumes["train"].class_pixels[:, 1:] = 5
+    usual = make(tmp_path / "usual", prepared=prepared, labeled_ids=["train"])
+    assert usual.report["warnings"] == []  # 16 and 8 / 3 voxels
+    prepared.volumes["train"].class_pixels[:, 2] = 6  # 12 > 4 * 8 / 3
+    odd = make(tmp_path / "odd", prepared=prepared, labeled_ids=["train"])
+    assert odd.report["warnings"] == ["two has 3 voxels a volume, in the labelled volumes 12"]
+    empty = make(tmp_path / "empty", prepared=prepared, labeled_ids=["train"], predict=background)
+    assert empty.report["warnings"][0] == "3 of 3 volumes are empty"
+    assert len(empty.report["warnings"]) == 3
+    assert all(w in caplog.text for w in empty.report["warnings"])

@@ -49,18 +49,24 @@ class GridConfig(tfds.core.BuilderConfig):
     Attributes:
       image_size: H = W of the training grid.
       target_spacing_mm: its in-plane spacing.
+      n4_shrink_factor: of N4 bias-field correction; 0: none.
     """
 
     image_size: int = 192
     target_spacing_mm: float = 1.0
+    n4_shrink_factor: int = 0
 
 
-def grid_config(*, image_size: int, target_spacing_mm: float) -> GridConfig:
+def grid_config(
+    *, image_size: int, target_spacing_mm: float, n4_shrink_factor: int = 0
+) -> GridConfig:
     """A GridConfig under a name that tells its values, so that each lies in a folder of its own."""
+    n4 = f"_n4x{n4_shrink_factor}" if n4_shrink_factor else ""
     return GridConfig(
-        name=f"{image_size}px_{target_spacing_mm:g}mm",
+        name=f"{image_size}px_{target_spacing_mm:g}mm{n4}",
         image_size=image_size,
         target_spacing_mm=target_spacing_mm,
+        n4_shrink_factor=n4_shrink_factor,
     )
 
 
@@ -150,9 +156,18 @@ def _prepare(
     load: Callable[[Case], volumes.Volume],
     image_size: int,
     target_spacing_mm: float,
+    n4_shrink_factor: int,
 ) -> list[dict]:
     """The slices of one case, in order along the last axis."""
     volume = load(case)
+    if n4_shrink_factor:
+        # Here: a set that is not corrected does without SimpleITK and its second of import.
+        from lclseg.bias_field import correct_bias_field
+
+        corrected = correct_bias_field(
+            volume.image, volume.spacing_mm, shrink_factor=n4_shrink_factor
+        )
+        volume = volume._replace(image=corrected)
     grid = {"image_size": image_size, "target_spacing_mm": target_spacing_mm}
     image = volumes.image_to_grid(
         volumes.normalize_intensity(volume.image), volume.spacing_mm, **grid
@@ -204,6 +219,7 @@ def generate_examples(
         load=load,
         image_size=builder.builder_config.image_size,
         target_spacing_mm=builder.builder_config.target_spacing_mm,
+        n4_shrink_factor=builder.builder_config.n4_shrink_factor,
     )
     metadata["volumes"] = []
     key = 0
