@@ -49,7 +49,7 @@ def get_config() -> ConfigDict:
     loss.class_weights = ()  # of cross_entropy, background first; (): equal
     loss.contrastive_weight = 0.02  # lambda; the authors' 0.1 in their normalisation
     loss.temperature = 0.1  # tau
-    loss.pixels_per_class = placeholder(int)  # K anchors per class and image
+    loss.pixels_per_class = placeholder(int)  # K anchors per class and image; None or 0: all
     loss.pixels_per_class = 3
     loss.matching = "inter"  # or intra, batch
     loss.include_background = False

@@ -85,8 +85,8 @@ def check_config(config: ConfigDict, *, num_devices: int) -> None:
         if not _value(config, key) >= 0:
             problems.append(f"{key} is {_value(config, key)}; wanted 0 or more")
     anchors = config.loss.pixels_per_class
-    if anchors is not None and anchors <= 0:
-        problems.append(f"loss.pixels_per_class is {anchors}; wanted a number above 0, or None")
+    if anchors is not None and anchors < 0:
+        problems.append(f"loss.pixels_per_class is {anchors}; wanted 0 (every pixel) or more")
     if not 0 <= config.pseudo_labels.min_agreement < 1:
         problems.append(
             f"pseudo_labels.min_agreement is {config.pseudo_labels.min_agreement}; wanted "

@@ -51,7 +51,7 @@ class LossOptions(NamedTuple):
     class_weights: Sequence[float]
     contrastive_weight: float
     temperature: float
-    pixels_per_class: int | None
+    pixels_per_class: int | None  # None or 0: every pixel
     matching: str
     include_background: bool
     pseudo_label_weight: float
@@ -299,7 +299,7 @@ def _contrastive_sum(
 
     def one_pair(k, z, y):
         anchors = None
-        if options.pixels_per_class is not None:
+        if options.pixels_per_class:
             anchors = losses.sample_anchors(
                 k, y, pixels_per_class=options.pixels_per_class, **shared
             )

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import absl.logging
 import flax.jax_utils
 import jax
 import numpy as np
@@ -29,10 +30,18 @@ from lclseg.configuration import JOINT_ONLY, ConfigError, check_config, differin
 from lclseg.crf import dense_crf
 from lclseg.models import UNet
 from lclseg.prepared import PreparedSet, open_prepared
-from lclseg.pseudo_labels import PseudoLabels, load_pseudo_labels, make_pseudo_labels
-from lclseg.splits import Split, resolve_split
+from lclseg.pseudo_labels import (
+    PseudoLabelError,
+    PseudoLabels,
+    load_pseudo_labels,
+    make_pseudo_labels,
+)
+from lclseg.splits import Split, SplitError, resolve_split
+from lclseg.volumes import VolumeError
 
 AXIS = "devices"
+# What the user can mend; a program shows the message and no traceback.
+USER_ERRORS = (ConfigError, SplitError, VolumeError, PseudoLabelError, FloatingPointError)
 logger = logging.getLogger("lclseg")
 
 
@@ -71,12 +80,16 @@ class Run:
     predict: Callable
 
 
-def use_cpu_devices(config: ConfigDict) -> None:
-    """Splits the CPU into one JAX device per core, as far as the batch divides among them.
+def set_up_process(config: ConfigDict) -> None:
+    """Logging, the compilation cache and CPU devices; runs before JAX's first computation.
 
-    XLA's CPU gradients hardly use threads; several devices do. No effect on GPU and TPU. Must run
-    before JAX's first computation.
+    The CPU becomes one JAX device per core, as far as the batch divides among them: XLA's CPU
+    gradients hardly use threads; several devices do. No effect on GPU and TPU.
     """
+    absl.logging.set_verbosity(absl.logging.ERROR)  # Orbax and TFDS log by the page
+    logger.setLevel(logging.INFO)
+    cache = Path("~/.cache/lclseg/xla").expanduser()
+    jax.config.update("jax_compilation_cache_dir", str(cache))
     cores = len(os.sched_getaffinity(0))
     common = math.gcd(config.data.labeled_batch_size, sum(config.data.pairs.values()))
     auto = max(n for n in range(1, cores + 1) if common % n == 0)

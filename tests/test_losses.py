@@ -575,6 +575,37 @@ def test_dice_of_a_perfect_prediction_is_zero_and_of_a_wrong_one_is_one():
     np.testing.assert_allclose(losses.dice_loss(100 * wrong, two_classes)[1], 1, atol=1e-5)
 
 
+def test_batch_dice_equals_a_loop_over_classes():
+    logits, labels = random_segmentation()
+    p = np.exp(logits.astype(np.float64))
+    p /= p.sum(axis=-1, keepdims=True)
+    dice = [
+        (2 * p[labels == c, c].sum() + 1e-5) / (p[..., c].sum() + (labels == c).sum() + 1e-5)
+        for c in range(3)
+    ]
+    loss = losses.batch_dice_loss(logits, labels)
+    assert loss.shape == () and loss.dtype == jnp.float32
+    np.testing.assert_allclose(loss, 1 - np.mean(dice), rtol=1e-5)
+
+
+def test_batch_dice_punishes_a_false_positive_in_an_empty_slice():
+    """The gradient on a pixel that wrongly shows a class: some in the batch's, none by slice."""
+    labels = np.zeros((2, 8, 8), int)
+    labels[1, 2:6, 2:6] = 1
+    logits = 6.0 * np.eye(2, dtype=np.float32)[labels]
+    logits[0, 3, 3] = (0, 6)
+    by_slice = jax.grad(lambda z: jnp.mean(losses.dice_loss(z, labels)))(logits)
+    by_batch = jax.grad(lambda z: losses.batch_dice_loss(z, labels))(logits)
+    logits[0, 3, 3] = (0, 0)  # unsure: where softmax has its largest slope
+    by_slice_unsure = jax.grad(
+        lambda z: jnp.mean(losses.dice_loss(z, labels, include_background=False))
+    )(logits)
+    by_batch_unsure = jax.grad(lambda z: losses.batch_dice_loss(z, labels))(logits)
+    assert by_batch[0, 3, 3, 1] > 0 and by_batch_unsure[0, 3, 3, 1] > 1e-3
+    assert by_batch[0, 3, 3, 1] > 2 * by_slice[0, 3, 3, 1]
+    assert abs(by_slice_unsure[0, 3, 3, 1]) < 1e-4
+
+
 def test_cross_entropy_equals_optax_and_weighs_by_the_true_class():
     logits, labels = random_segmentation()
     weights = np.array([0.1, 1.0, 4.0], np.float32)

@@ -32,8 +32,13 @@ LOSS = steps.LossOptions(
 )
 # Between them, every option that changes how devices work together.
 ANCHORS = LOSS
-BATCH = LOSS._replace(pixels_per_class=None, matching="batch", pseudo_label_weight=0.5)
-SEPARATE = LOSS._replace(pixels_per_class=None, pseudo_label_weight=0.5, separate_batch_norm=True)
+BATCH = LOSS._replace(
+    pixels_per_class=None,
+    matching="batch",
+    pseudo_label_weight=0.5,
+    segmentation="batch_dice_and_cross_entropy",
+)
+SEPARATE = LOSS._replace(pixels_per_class=0, pseudo_label_weight=0.5, separate_batch_norm=True)
 
 AUGMENT = steps.AugmentOptions(
     max_rotation_degrees=15.0,
@@ -45,6 +50,7 @@ AUGMENT = steps.AugmentOptions(
     view_contrast_range=(0.7, 1.3),
     view_max_brightness=0.3,
     view_clip=(0.0, 1.5),
+    view_geometry=False,
 )
 
 
@@ -212,6 +218,14 @@ def test_two_devices_train_like_one_with_adam_and_batch_norm_of_their_own():
     assert difference.max() <= 2 * 3 * LEARNING_RATE
 
 
+def batch_dice_and_cross_entropy(logits, labels):
+    """Dice of all slices stacked to one tall image, and optax's cross-entropy."""
+    tall = (1, -1, labels.shape[-1])
+    dice = losses.dice_loss(logits.reshape(*tall, 3), labels.reshape(tall))[0]
+    integers = jnp.asarray(labels, int)
+    return dice + jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, integers))
+
+
 def reference_loss(params, batch_stats, batch, options):
     """The loss of the global batch, written pair by pair; one BatchNorm, all pixels as anchors."""
     model, num_labeled = make_model(), len(batch["image"])
@@ -224,9 +238,9 @@ def reference_loss(params, batch_stats, batch, options):
     features = run("trunk", jnp.concatenate([batch["image"], views]))
     logits = run("segment", features)
     embeddings = run("project", features[num_labeled:])
-    segmentation = jnp.mean(losses.dice_loss(logits[:num_labeled], batch["label"]))
+    segmentation = batch_dice_and_cross_entropy(logits[:num_labeled], batch["label"])
     view_labels = batch["pair_label"].reshape(-1, SIZE, SIZE)
-    pseudo = jnp.mean(losses.dice_loss(logits[num_labeled:], view_labels))
+    pseudo = batch_dice_and_cross_entropy(logits[num_labeled:], view_labels)
     embeddings = embeddings.reshape(-1, 2, *embeddings.shape[1:])
 
     def pair_losses(z, y):
@@ -365,6 +379,31 @@ def test_augmentation_does_not_depend_on_the_number_of_devices():
     assert np.any(one["label"] != batch["label"])
 
 
+def test_views_may_be_moved_with_their_masks():
+    """The image shows the mask: wherever linear interpolation did not mix, it still does."""
+    batch, key = make_batch(), jax.random.key(3)
+    batch["pair_image"] = batch["pair_label"].astype(np.float32)
+    options = AUGMENT._replace(
+        view_geometry=True,
+        view_contrast_range=(1.0, 1.0),
+        view_max_brightness=0.0,
+        view_clip=(0, 9),
+    )
+    moved = jax.jit(lambda b: steps.augment_batch(key, b, options, None))(batch)
+    image, mask = np.asarray(moved["pair_image"]), np.asarray(moved["pair_label"])
+    assert mask.dtype == np.uint8
+    whole = np.abs(image - np.rint(image)) < 1e-3
+    assert whole.mean() > 0.3
+    np.testing.assert_array_equal(np.rint(image[whole]), mask[whole])
+    still = [np.array_equal(a, b) for a, b in zip(mask, batch["pair_label"], strict=True)]
+    assert sum(still) < 3  # one of them is empty
+    # The two views of a pair move apart.
+    batch["pair_label"][:, 1] = batch["pair_label"][:, 0]
+    batch["pair_image"] = batch["pair_label"].astype(np.float32)
+    moved = jax.jit(lambda b: steps.augment_batch(key, b, options, None))(batch)
+    assert np.any(moved["pair_label"][:, 0] != moved["pair_label"][:, 1])
+
+
 def test_initial_kernels_are_he_normal_and_truncated():
     model = UNet(num_classes=3, filters=(16, 32, 64))
     state = steps.create_train_state(jax.random.key(0), model, optax.sgd(0.1), image_size=16)
@@ -490,6 +529,16 @@ def test_segmentation_loss_is_the_named_one(options, expected):
     loss = steps.segmentation_loss(logits, label, LOSS._replace(**options))
     assert loss.shape == (8,)
     np.testing.assert_array_equal(loss, expected(logits, label))
+
+
+def test_a_loss_of_the_whole_batch_has_the_batch_loss_as_its_mean():
+    label = make_batch()["label"]
+    logits = np.random.default_rng(1).normal(size=(*label.shape, 3)).astype(np.float32)
+    loss = steps.segmentation_loss(logits, label, BATCH)
+    assert loss.shape == (8,)
+    np.testing.assert_allclose(
+        jnp.mean(loss), batch_dice_and_cross_entropy(logits, label), rtol=1e-6
+    )
 
 
 @pytest.mark.parametrize(

@@ -194,7 +194,7 @@ def test_foreign_folder_is_not_written_into(data_dir, tmp_path):
         ("data.image_size", 31, r"wanted a multiple of 2"),
         ("rounds.eval_every", 0, r"rounds\.eval_every is 0"),
         ("crf.num_steps", -1, r"crf\.num_steps is -1"),
-        ("loss.pixels_per_class", 0, r"loss\.pixels_per_class is 0"),
+        ("loss.pixels_per_class", -1, r"loss\.pixels_per_class is -1"),
     ],
 )
 def test_bad_values_are_refused_before_anything_is_written(data_dir, tmp_path, key, value, message):
@@ -225,11 +225,11 @@ def test_cpu_devices_divide_the_batches(monkeypatch):
     monkeypatch.setattr(jax.config, "update", lambda name, value: chosen.update({name: value}))
     monkeypatch.setattr(train.os, "sched_getaffinity", lambda _: set(range(8)))
     config = runpy.run_path(str(ROOT / "configs" / "default.py"))["get_config"]()
-    train.use_cpu_devices(config)  # 20 slices and 10 pairs on 8 cores
-    assert chosen == {"jax_num_cpu_devices": 5}
+    train.set_up_process(config)  # 20 slices and 10 pairs on 8 cores
+    assert chosen["jax_num_cpu_devices"] == 5
     config.num_cpu_devices = 2
-    train.use_cpu_devices(config)
-    assert chosen == {"jax_num_cpu_devices": 2}
+    train.set_up_process(config)
+    assert chosen["jax_num_cpu_devices"] == 2
 
 
 def test_table_shows_each_stage(finished):

@@ -1,0 +1,173 @@
+"""Sweeps: which runs they hold, what is run again, and the table, worked by hand."""
+
+import json
+import runpy
+from pathlib import Path
+
+import pytest
+
+from lclseg import ablation, train
+
+ROOT = Path(__file__).parents[1]
+SWEEP = """
+CONFIG = "phantom.py"
+PAIRS = (("c1", 0), ("c2", 7))
+ROWS = {
+    "supervised": {"rounds.num_rounds": 0, "rounds.baseline_steps": 950},
+    "inter, 3 anchors": {},
+    "every pixel": {"loss.pixels_per_class": None, "loss.contrastive_weight": 1.0},
+    "other batch": {"data.labeled_batch_size": 4},
+}
+"""
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    for name in ("default.py", "phantom.py"):
+        (tmp_path / name).write_text((ROOT / "configs" / name).read_text())
+    (tmp_path / "sweep.py").write_text(SWEEP)
+    return ablation.load_sweep(tmp_path / "sweep.py")
+
+
+def fake_result(*dices, chosen="baseline"):
+    """One test Dice per stage."""
+    names = ["baseline", *(f"round_{n}" for n in range(1, len(dices)))]
+    stages = {
+        name: {
+            "test": {
+                "mean_dice": dice,
+                "dice_per_class": {"RV": dice - 0.1, "LV": dice + 0.1},
+                "mean_hausdorff95_mm": 10 * dice,
+            }
+        }
+        for name, dice in zip(names, dices, strict=True)
+    }
+    return {"class_names": ["RV", "LV"], "results": stages, "chosen": chosen}
+
+
+def test_experiments_are_rows_times_pairs(sweep):
+    found = list(ablation.experiments(sweep))
+    assert [(e.split, e.seed) for e in found] == [("c1", 0)] * 4 + [("c2", 7)] * 4
+    assert [e.row for e in found[:4]] == list(sweep.rows)
+    assert all((e.config.data.split, e.config.seed) == (e.split, e.seed) for e in found)
+    supervised, plain, every, _ = found[4:]
+    assert supervised.config.rounds.num_rounds == 0
+    assert plain.config.rounds == sweep.config.rounds  # a row leaves no trace in the next one
+    assert (every.config.loss.pixels_per_class, every.config.loss.contrastive_weight) == (None, 1.0)
+    assert str(plain.path) == "inter_3_anchors/c2_seed7"
+
+
+def test_an_unknown_key_in_a_row_is_refused(sweep):
+    with pytest.raises(ablation.SweepError, match="contrastive_wait"):
+        list(ablation.experiments(sweep._replace(rows={"a": {"loss.contrastive_wait": 1.0}})))
+
+
+def test_mean_and_interval_by_hand():
+    # t(0.975, 2 degrees of freedom) = 4.302653; standard deviation 1, over sqrt(3).
+    assert ablation.mean_and_interval([1.0, 2.0, 3.0]) == pytest.approx((2.0, 2.484138))
+    assert ablation.mean_and_interval([0.5]) == (0.5, None)
+
+
+def test_table_by_hand(sweep):
+    results = {
+        ("supervised", "c1", 0): fake_result(0.70),
+        ("supervised", "c2", 7): fake_result(0.80),
+        ("inter, 3 anchors", "c1", 0): fake_result(0.6, 0.75, chosen="round_1"),
+        ("inter, 3 anchors", "c2", 7): fake_result(0.6, 0.87),
+        ("every pixel", "c2", 7): fake_result(0.6, 0.9),
+    }
+    lines = ablation.markdown(sweep, results).splitlines()
+    assert lines[0] == (
+        "| row | runs | test Dice | stage chosen | gain over supervised | RV | LV | HD95 |"
+    )
+    # t(0.975, 1) = 12.7062, times half the difference of two values.
+    assert lines[2:5] == [
+        "| supervised | 2 | 0.750 ± 0.635 | 0.750 ± 0.635 |  | 0.650 | 0.850 | 7.50 |",
+        "| inter, 3 anchors | 2 | 0.810 ± 0.762 | 0.675 ± 0.953 | +0.060 ± 0.127 "
+        "| 0.710 | 0.910 | 8.10 |",
+        "| every pixel | 1 | 0.900 | 0.600 | +0.100 | 0.800 | 1.000 | 9.00 |",
+    ]
+    assert "| inter, 3 anchors | c2 | 7 | 0.600 -> 0.870 | baseline |" in lines
+    assert len([line for line in lines if line.startswith("| every pixel")]) == 2
+
+
+def test_no_result_yet(sweep):
+    assert ablation.markdown(sweep, {}) == "no finished run yet"
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """Replaces training; lists (row and pair, taken-over baseline) of what was run."""
+    runs = []
+
+    def train_and_evaluate(config, workdir):
+        source = config.rounds.baseline_from
+        runs.append((f"{workdir.parent.name}/{workdir.name}", source and Path(source).parent.name))
+        workdir.mkdir(parents=True)
+        (workdir / "config.json").write_text(config.to_json_best_effort())
+        (workdir / "results.json").write_text("{}")
+        return fake_result(0.5, 0.6)
+
+    monkeypatch.setattr(train, "train_and_evaluate", train_and_evaluate)
+    return runs
+
+
+def test_a_sweep_shares_baselines_and_skips_what_is_finished(sweep, trained, tmp_path):
+    workdir, folder = tmp_path / "runs", tmp_path / "results"
+    ablation.run_missing(sweep, workdir, folder)
+    one_pair = [
+        ("supervised", ""),  # other steps: a baseline of its own
+        ("inter_3_anchors", ""),
+        ("every_pixel", "inter_3_anchors"),
+        ("other_batch", ""),  # other batches: likewise
+    ]
+    expected = [(f"{row}/{pair}", b) for pair in ("c1_seed0", "c2_seed7") for row, b in one_pair]
+    assert trained == expected
+    assert (folder / "README.md").read_text().count("| every pixel") == 3
+
+    trained.clear()
+    ablation.run_missing(sweep, workdir, folder)
+    assert trained == []
+    (folder / "every_pixel" / "c2_seed7.json").unlink()
+    more = sweep._replace(pairs=(*sweep.pairs, ("c3", 1)), rows={**sweep.rows, "copy": {}})
+    for path in sorted((workdir / "every_pixel" / "c2_seed7").iterdir()):
+        path.unlink()
+    (workdir / "every_pixel" / "c2_seed7").rmdir()
+    ablation.run_missing(more, workdir, folder)
+    assert ("copy/c1_seed0", "inter_3_anchors") in trained
+    assert ("every_pixel/c2_seed7", "inter_3_anchors") in trained
+    assert ("every_pixel/c3_seed1", "inter_3_anchors") in trained
+    assert len(trained) == 1 + 2 + 5
+
+
+def test_a_result_holds_no_path_of_the_machine(sweep, trained, tmp_path):
+    sweep.config.data.manual_dir = "/somewhere/private"
+    ablation.run_missing(sweep, tmp_path / "runs", tmp_path / "results")
+    for path in (tmp_path / "results").rglob("*.json"):
+        text = path.read_text()
+        assert "private" not in text and str(tmp_path) not in text
+        assert json.loads(text)["config"]["data"]["name"] == "phantom"
+
+
+def test_results_of_another_config_are_refused(sweep, trained, tmp_path):
+    folder = tmp_path / "results"
+    ablation.run_missing(sweep, tmp_path / "runs", folder)
+    changed = sweep._replace(rows={**sweep.rows, "every pixel": {"loss.temperature": 0.5}})
+    with pytest.raises(ablation.SweepError, match=r"every_pixel/c1.* loss\.contrast"):
+        ablation.read_results(folder, changed)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("ablation_*.py")), ids=str)
+def test_sweeps_of_the_repository(path):
+    """Each row can be run, and trains for as many steps as every other."""
+    from lclseg.configuration import check_config
+
+    sweep = ablation.load_sweep(path)
+    assert len(set(sweep.pairs)) == len(sweep.pairs) >= 3
+    steps = set()
+    for experiment in ablation.experiments(sweep):
+        check_config(experiment.config, num_devices=2)
+        rounds = experiment.config.rounds
+        steps.add(rounds.baseline_steps + rounds.num_rounds * rounds.steps_per_round)
+        runpy.run_path(str(path.parent / runpy.run_path(str(path))["CONFIG"]))
+    assert len(steps) == 1
