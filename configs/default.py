@@ -80,6 +80,8 @@ def get_config() -> ConfigDict:
     # Gate: two augmented predictions of a volume must agree to more than this Dice, else it is left
     # out of the round; the authors' is 0.9. 0: no gate.
     pseudo_labels.min_agreement = 0.0
+    pseudo_labels.num_views = 1  # mean of so many turned and mirrored views, up to 8
+    pseudo_labels.min_confidence = 0.0  # pixels less certain than this are not learnt from
 
     optimizer = config.optimizer = ConfigDict()
     optimizer.learning_rate = 1e-3  # Adam

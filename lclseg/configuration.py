@@ -87,10 +87,12 @@ def check_config(config: ConfigDict, *, num_devices: int) -> None:
     anchors = config.loss.pixels_per_class
     if anchors is not None and anchors < 0:
         problems.append(f"loss.pixels_per_class is {anchors}; wanted 0 (every pixel) or more")
-    if not 0 <= config.pseudo_labels.min_agreement < 1:
+    for key in ("pseudo_labels.min_agreement", "pseudo_labels.min_confidence"):
+        if not 0 <= _value(config, key) < 1:
+            problems.append(f"{key} is {_value(config, key)}; wanted 0 <= x < 1, 0 to accept all")
+    if config.pseudo_labels.num_views not in range(1, 9):
         problems.append(
-            f"pseudo_labels.min_agreement is {config.pseudo_labels.min_agreement}; wanted "
-            "0 <= x < 1, 0 for no gate"
+            f"pseudo_labels.num_views is {config.pseudo_labels.num_views}; wanted 1 to 8"
         )
     if not 0 <= config.optimizer.ema_decay < 1:
         problems.append(f"optimizer.ema_decay is {config.optimizer.ema_decay}; wanted 0 <= x < 1")

@@ -1,7 +1,8 @@
 """Losses of arXiv:2112.09645: Dice, weighted cross-entropy and the local contrastive loss.
 
 Letters: B images, H W pixels, C classes (background 0), E embedding, K anchors per class and image.
-Everything is a pure function of arrays, finite in value and gradient when classes are absent.
+Everything is a pure function of arrays, finite in value and gradient when classes are absent. A
+pixel whose label is C or more belongs to no class, and no loss counts it.
 """
 
 import jax
@@ -10,6 +11,12 @@ import jax.numpy as jnp
 Array = jax.Array
 
 MATCHINGS = ("intra", "inter", "batch")
+
+
+def _known_probs(logits: Array, labels: Array) -> Array:
+    """Softmax, zero where the label is no class: there neither loss nor gradient."""
+    probs = jax.nn.softmax(logits, axis=-1)
+    return jnp.where((labels < logits.shape[-1])[..., None], probs, 0)
 
 
 def dice_loss(
@@ -29,7 +36,7 @@ def dice_loss(
     Returns:
       [B] float32 in [0, 1].
     """
-    probs = jax.nn.softmax(logits, axis=-1)
+    probs = _known_probs(logits, labels)
     onehot = jax.nn.one_hot(labels, logits.shape[-1], dtype=probs.dtype)
     overlap = jnp.sum(probs * onehot, axis=(1, 2))
     total = jnp.sum(probs + onehot, axis=(1, 2))
@@ -73,7 +80,7 @@ def batch_dice_loss(
     Returns:
       Scalar in [0, 1], the same on every device of the axis.
     """
-    probs = jax.nn.softmax(logits, axis=-1)
+    probs = _known_probs(logits, labels)
     onehot = jax.nn.one_hot(labels, logits.shape[-1], dtype=probs.dtype)
     sums = jnp.sum(probs * onehot, axis=(0, 1, 2)), jnp.sum(probs + onehot, axis=(0, 1, 2))
     overlap, total = sums if axis_name is None else jax.lax.psum(sums, axis_name)

@@ -19,6 +19,10 @@ logger = logging.getLogger("lclseg")
 SUSPICIOUS_FACTOR = 4
 
 
+# Label of pixels that are too uncertain to learn from: no class, so that no loss counts them.
+IGNORE = 255
+
+
 class PseudoLabelError(ValueError):
     """No pseudo-labels to train on; the message tells why, and the way out."""
 
@@ -30,7 +34,7 @@ class PseudoLabels:
     Attributes:
       folder: holds labels.npy, report.json and the labels as NIfTI in native geometry.
       records: [n] record numbers of the slices, ascending.
-      labels: [n, H, W] uint8 on the training grid, mapped from disk.
+      labels: [n, H, W] uint8 on the training grid, mapped from disk; `IGNORE` where uncertain.
       class_pixels: [n, C] pixels of each class per slice: the sampler's index table.
       report: statistics of the round, ready for JSON; names the volumes.
     """
@@ -61,6 +65,7 @@ def make_pseudo_labels(
     labeled_ids: Sequence[str] = (),
     agreements: Mapping[str, float] | None = None,
     min_agreement: float = 0.0,
+    min_confidence: float = 0.0,
 ) -> PseudoLabels:
     """Predicts the pool and writes a new set of pseudo-labels into `folder`.
 
@@ -77,6 +82,7 @@ def make_pseudo_labels(
       labeled_ids: volumes whose ground truth tells how large the classes are, for the warnings.
       agreements: of the volumes, see `consistency.agreement`; None: no gate.
       min_agreement: a volume passes the gate if its agreement is above this.
+      min_confidence: pixels whose most probable class has a lower probability become `IGNORE`.
 
     Raises:
       PseudoLabelError: no volume passes the gate, and there is no round before.
@@ -103,17 +109,19 @@ def make_pseudo_labels(
     labels = np.lib.format.open_memmap(
         folder / "labels.npy", mode="w+", dtype=np.uint8, shape=(len(records), size, size)
     )
-    confidence, agreement, true_metrics, empty = [], [], {}, []
+    confidence, ignored, agreement, true_metrics, empty = [], [], [], {}, []
     predictions = evaluation.predict_volumes(predict, prepared, ids, batch_size=batch_size)
     row = 0
     for prediction in tqdm(predictions, "pseudo-labels", len(ids), disable=None, leave=False):
         volume_id, probs = prediction.volume_id, prediction.probs
-        label = probs.argmax(axis=-1).astype(np.uint8)
+        label, certainty = probs.argmax(axis=-1).astype(np.uint8), probs.max(axis=-1)
+        label[certainty < min_confidence] = IGNORE
+        ignored.append(float(np.mean(label == IGNORE)))
         rows = slice(row, row + len(label))
         labels[rows] = label
         row += len(label)
-        confidence.append(float(probs.max(axis=-1).mean()))
-        if not label.any():
+        confidence.append(float(certainty.mean()))
+        if not np.any((label > 0) & (label != IGNORE)):
             empty.append(volume_id)
         if previous is not None and volume_id in previous.report["volume_ids"]:
             before = previous.read(records[rows])
@@ -145,6 +153,7 @@ def make_pseudo_labels(
         "mean_voxels_per_class": voxels,
         "empty_volumes": empty,
         "mean_confidence": float(np.mean(confidence)),
+        "ignored_fraction": float(np.mean(ignored)),
         "dice_with_previous_round": float(np.nanmean(agreement)) if agreement else None,
         "true_mean_dice": summary["mean_dice"],
         "true_dice_per_class": summary["dice_per_class"],
@@ -231,7 +240,8 @@ def _mean_voxels(
 
 
 def _count_classes(labels: np.ndarray, num_classes: int) -> np.ndarray:
-    return np.stack([np.bincount(s.ravel(), minlength=num_classes) for s in labels])
+    counts = [np.bincount(s.ravel(), minlength=num_classes)[:num_classes] for s in labels]
+    return np.stack(counts)
 
 
 def _mean_foreground_dice(label: np.ndarray, other: np.ndarray, num_classes: int) -> float:

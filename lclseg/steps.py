@@ -316,7 +316,7 @@ def _contrastive_sum(
     keys = _slice_keys(key, labels.shape[0], axis_name)
     pair_losses = jax.vmap(one_pair, axis_name=pair_axis)(keys, embeddings, labels)
     lowest = 0 if options.include_background else 1
-    valid = jnp.any(labels >= lowest, axis=(1, 2, 3))
+    valid = jnp.any((labels >= lowest) & (labels < num_classes), axis=(1, 2, 3))
     return jnp.sum(pair_losses), jnp.sum(valid)
 
 

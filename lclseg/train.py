@@ -227,31 +227,41 @@ def replicate(state: steps.TrainState) -> steps.TrainState:
 
 
 def predictor(
-    run: Run, state: steps.TrainState, refine: Callable | None = None
+    run: Run,
+    state: steps.TrainState,
+    *,
+    num_views: int = 1,
+    refine: Callable | None = None,
 ) -> evaluation.Predict:
     """Maps any number of slices [M, H, W] to probabilities [M, H, W, C].
 
-    One compiled shape, of all devices; a part of it that M does not fill is padding.
-
-    `refine`, if given, maps (slices, probabilities) to the probabilities returned.
+    One compiled shape, of all devices; a part of it that M does not fill is padding. The
+    probabilities are the mean over `num_views` views, see `consistency.mean_over_views`. `refine`,
+    if given, maps (slices, probabilities) to the probabilities returned.
     """
     num_devices = jax.local_device_count()
     per_device = -(-run.config.data.eval_batch_size // num_devices)
     capacity = per_device * num_devices
     replicated = replicate(state)
 
-    def predict(images: np.ndarray) -> np.ndarray:
-        chunks = [images[i : i + capacity] for i in range(0, len(images), capacity)]
-        return np.concatenate([predict_chunk(chunk) for chunk in chunks])
+    def forward(images: np.ndarray) -> np.ndarray:
+        shape = images.shape[1:]
+        probs = run.predict(replicated, images.reshape(num_devices, per_device, *shape))
+        return np.asarray(probs).reshape(*images.shape, -1)
+
+    mean_forward = consistency.mean_over_views(forward, num_views)
 
     def predict_chunk(images: np.ndarray) -> np.ndarray:
         padding = np.zeros((capacity - len(images), *images.shape[1:]), images.dtype)
-        full = np.concatenate([images, padding]).reshape(num_devices, per_device, *images.shape[1:])
-        probs = np.asarray(run.predict(replicated, full))
-        probs = probs.reshape(capacity, *probs.shape[2:])
+        full = np.concatenate([images, padding])
+        probs = mean_forward(full)
         if refine is not None:
-            probs = np.asarray(refine(full.reshape(capacity, *images.shape[1:]), probs))
+            probs = np.asarray(refine(full, probs))
         return probs[: len(images)]
+
+    def predict(images: np.ndarray) -> np.ndarray:
+        chunks = [images[i : i + capacity] for i in range(0, len(images), capacity)]
+        return np.concatenate([predict_chunk(chunk) for chunk in chunks])
 
     return predict
 
@@ -403,16 +413,16 @@ def finish_stage(
 def pseudo_label_pool(
     run: Run, best: Best, round_number: int, previous: PseudoLabels | None
 ) -> PseudoLabels:
-    """Pseudo-labels for a round: predicted by the best state, gated, refined by the CRF.
+    """Pseudo-labels for a round: predicted by the best state, refined by the CRF, gated.
 
     Read from disk where they are complete.
     """
     folder = run.workdir / "pseudo_labels" / f"round_{round_number}"
     if (folder / "report.json").exists():
         return load_pseudo_labels(folder, run.prepared)
-    min_agreement = run.config.pseudo_labels.min_agreement
+    options = run.config.pseudo_labels
     agreements = None
-    if min_agreement > 0:
+    if options.min_agreement > 0:
         predict = predictor(run, best.state)
         agreements = {
             volume_id: consistency.agreement(
@@ -425,7 +435,7 @@ def pseudo_label_pool(
         }
     refine = functools.partial(dense_crf, **run.config.crf) if run.config.crf.num_steps else None
     return make_pseudo_labels(
-        predictor(run, best.state, refine),
+        predictor(run, best.state, num_views=options.num_views, refine=refine),
         run.prepared,
         run.split.unlabeled,
         folder,
@@ -433,7 +443,8 @@ def pseudo_label_pool(
         previous=previous,
         labeled_ids=run.split.labeled,
         agreements=agreements,
-        min_agreement=min_agreement,
+        min_agreement=options.min_agreement,
+        min_confidence=options.min_confidence,
     )
 
 
