@@ -59,6 +59,7 @@ def get_config() -> ConfigDict:
     augment = config.augment = ConfigDict()
     augment.max_rotation_degrees = 15.0
     augment.scale_range = (0.95, 1.05)
+    augment.keep_orientation = False  # True: no flip, no turn by k x 45 degrees
     augment.elastic_probability = 0.5
     augment.elastic_sigma_px = 5.0
     augment.contrast_range = (0.8, 1.2)
@@ -80,7 +81,6 @@ def get_config() -> ConfigDict:
     # Gate: two augmented predictions of a volume must agree to more than this Dice, else it is left
     # out of the round; the authors' is 0.9. 0: no gate.
     pseudo_labels.min_agreement = 0.0
-    pseudo_labels.num_views = 1  # mean of so many turned and mirrored views, up to 8
     pseudo_labels.min_confidence = 0.0  # pixels less certain than this are not learnt from
 
     optimizer = config.optimizer = ConfigDict()

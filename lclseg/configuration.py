@@ -90,10 +90,6 @@ def check_config(config: ConfigDict, *, num_devices: int) -> None:
     for key in ("pseudo_labels.min_agreement", "pseudo_labels.min_confidence"):
         if not 0 <= _value(config, key) < 1:
             problems.append(f"{key} is {_value(config, key)}; wanted 0 <= x < 1, 0 to accept all")
-    if config.pseudo_labels.num_views not in range(1, 9):
-        problems.append(
-            f"pseudo_labels.num_views is {config.pseudo_labels.num_views}; wanted 1 to 8"
-        )
     if not 0 <= config.optimizer.ema_decay < 1:
         problems.append(f"optimizer.ema_decay is {config.optimizer.ema_decay}; wanted 0 <= x < 1")
     multiple = 2 ** (len(config.model.filters) - 1)

@@ -1,7 +1,7 @@
-"""Predictions of one volume seen in several ways: their agreement, and their mean.
+"""The quality gate of pseudo-labels: does a prediction survive a change of view?
 
-The quality gate of arXiv:2112.09645: two augmented copies of a volume are predicted, each
-prediction is moved back, and the volume's pseudo-label is trusted if both agree. NumPy and SciPy.
+METHOD of arXiv:2112.09645: two augmented copies of a volume are predicted, each prediction is moved
+back, and the volume's pseudo-label is trusted if both agree. NumPy and SciPy only.
 """
 
 from collections.abc import Callable
@@ -64,25 +64,3 @@ def agreement(
         labels.append(np.argmax(back, axis=0))
     scores = [metrics.dice(*(label == k for label in labels)) for k in range(1, probs.shape[-1])]
     return 0.0 if np.isnan(scores).all() else float(np.nanmean(scores))
-
-
-def mean_over_views(
-    predict: Callable[[np.ndarray], np.ndarray], num_views: int
-) -> Callable[[np.ndarray], np.ndarray]:
-    """A predictor that averages the probabilities of turned and mirrored copies of the slices.
-
-    Args:
-      predict: slices [M, H, W] -> class probabilities [M, H, W, C], square slices.
-      num_views: 1 to 8: the slices as they are, turned by 90, 180 and 270 degrees, then the same
-        mirrored. None of these needs interpolation.
-    """
-
-    def predict_mean(images: np.ndarray) -> np.ndarray:
-        total = np.float32(0)
-        for view in range(num_views):
-            turned = np.rot90(images[..., ::-1] if view >= 4 else images, view % 4, axes=(1, 2))
-            probs = np.rot90(predict(np.ascontiguousarray(turned)), -(view % 4), axes=(1, 2))
-            total = total + (probs[:, :, ::-1] if view >= 4 else probs)
-        return total / num_views
-
-    return predict_mean

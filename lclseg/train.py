@@ -227,17 +227,12 @@ def replicate(state: steps.TrainState) -> steps.TrainState:
 
 
 def predictor(
-    run: Run,
-    state: steps.TrainState,
-    *,
-    num_views: int = 1,
-    refine: Callable | None = None,
+    run: Run, state: steps.TrainState, refine: Callable | None = None
 ) -> evaluation.Predict:
     """Maps any number of slices [M, H, W] to probabilities [M, H, W, C].
 
-    One compiled shape, of all devices; a part of it that M does not fill is padding. The
-    probabilities are the mean over `num_views` views, see `consistency.mean_over_views`. `refine`,
-    if given, maps (slices, probabilities) to the probabilities returned.
+    One compiled shape, of all devices; a part of it that M does not fill is padding. `refine`, if
+    given, maps (slices, probabilities) to the probabilities returned.
     """
     num_devices = jax.local_device_count()
     per_device = -(-run.config.data.eval_batch_size // num_devices)
@@ -249,12 +244,10 @@ def predictor(
         probs = run.predict(replicated, images.reshape(num_devices, per_device, *shape))
         return np.asarray(probs).reshape(*images.shape, -1)
 
-    mean_forward = consistency.mean_over_views(forward, num_views)
-
     def predict_chunk(images: np.ndarray) -> np.ndarray:
         padding = np.zeros((capacity - len(images), *images.shape[1:]), images.dtype)
         full = np.concatenate([images, padding])
-        probs = mean_forward(full)
+        probs = forward(full)
         if refine is not None:
             probs = np.asarray(refine(full, probs))
         return probs[: len(images)]
@@ -435,7 +428,7 @@ def pseudo_label_pool(
         }
     refine = functools.partial(dense_crf, **run.config.crf) if run.config.crf.num_steps else None
     return make_pseudo_labels(
-        predictor(run, best.state, num_views=options.num_views, refine=refine),
+        predictor(run, best.state, refine),
         run.prepared,
         run.split.unlabeled,
         folder,

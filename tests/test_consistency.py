@@ -89,24 +89,3 @@ def test_all_three_kinds_are_drawn_within_their_bounds():
     assert all(40 < len(kind) < 95 for kind in (flips, rotations, scalings))
     assert np.abs(angles).max() <= 30 and np.abs(angles).max() > 20
     assert factors.min() >= 0.9 and factors.max() <= 1.1 and np.ptp(factors) > 0.15
-
-
-def test_mean_over_views_by_another_way():
-    """A predictor that prefers the top left corner sees each view turned differently."""
-    weight = np.linspace(0, 1, 36).reshape(6, 6) ** 2
-
-    def predict(images):
-        first = images * weight
-        return np.stack([first, 1 - first], axis=-1).astype(np.float32)
-
-    images = np.random.default_rng(0).random((3, 6, 6)).astype(np.float32)
-    views = [weight, weight.T[:, ::-1], weight[::-1, ::-1], weight.T[::-1]]  # turned by hand
-    quarters = [images * w for w in views]
-    # One view is the prediction itself; of all eight the weight is the mean over its symmetries.
-    np.testing.assert_allclose(consistency.mean_over_views(predict, 1)(images), predict(images))
-    four = consistency.mean_over_views(predict, 4)(images)
-    np.testing.assert_allclose(four[..., 0], np.mean(quarters, axis=0), atol=1e-6)
-    eight = consistency.mean_over_views(predict, 8)(images)
-    every = np.mean([w for v in views for w in (v, v[:, ::-1])], axis=0)
-    np.testing.assert_allclose(eight[..., 0], images * every, atol=1e-6)
-    np.testing.assert_allclose(eight.sum(axis=-1), 1, atol=1e-6)

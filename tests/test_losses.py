@@ -639,3 +639,39 @@ def test_segmentation_losses_are_finite_when_classes_are_absent(loss, scale):
     value, grad = jax.value_and_grad(lambda z: jnp.sum(loss(z, labels)))(scale * logits)
     assert np.isfinite(value)
     assert np.isfinite(grad).all()
+
+
+def test_pixels_of_no_class_count_nowhere():
+    """An ignored row: value as without the row, gradient zero in it."""
+    logits, labels = random_segmentation()
+    cut, cut_labels = logits[:, 1:], labels[:, 1:]
+    labels = labels.astype(np.uint8)
+    labels[:, 0] = 255
+    for loss in (
+        losses.dice_loss,
+        losses.batch_dice_loss,
+        lambda z, y: losses.dice_loss(z, y, include_background=False),
+    ):
+        np.testing.assert_allclose(loss(logits, labels), loss(cut, cut_labels), rtol=1e-5)
+        grad = jax.grad(lambda z, loss=loss: jnp.sum(loss(z, labels)))(logits)
+        assert not np.any(grad[:, 0]) and np.any(grad[:, 1:])
+    ones = np.ones(3, np.float32)
+    grad = jax.grad(lambda z: jnp.sum(losses.cross_entropy_loss(z, labels, class_weights=ones)))(
+        logits
+    )
+    assert not np.any(grad[:, 0]) and np.any(grad[:, 1:])
+
+
+@pytest.mark.parametrize("include_background", [False, True])
+def test_contrastive_loss_without_pixels_of_no_class(include_background):
+    rng = np.random.default_rng(5)
+    z = rng.normal(size=(2, 6, 5, 4)).astype(np.float32)
+    y = rng.integers(0, 3, (2, 6, 5))
+    options = {"num_classes": 3, "include_background": include_background}
+    expected = losses.local_contrastive_loss(z[:, 2:], y[:, 2:], None, **options)
+    y[:, :2] = 255
+    value, grad = jax.value_and_grad(
+        lambda z: losses.local_contrastive_loss(z, y, None, **options)
+    )(z)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    assert not np.any(grad[:, :2])

@@ -358,3 +358,15 @@ def test_collapse_is_told(tmp_path, caplog):
     assert empty.report["warnings"][0] == "3 of 3 volumes are empty"
     assert len(empty.report["warnings"]) == 3
     assert all(w in caplog.text for w in empty.report["warnings"])
+
+
+def test_uncertain_pixels_become_no_class(tmp_path):
+    """b is 0.6 sure all over, the others 0.8: by hand."""
+    labels = make(tmp_path, min_confidence=0.7)
+    expected = [*EXPECTED[:3], *[np.full((8, 8), 255)] * 2, EXPECTED[5]]
+    np.testing.assert_array_equal(labels.labels, expected)
+    assert labels.class_pixels.tolist()[3:5] == [[0, 0, 0]] * 2  # none is drawn for its classes
+    assert labels.report["ignored_fraction"] == pytest.approx(1 / 3)  # mean over volumes
+    assert labels.report["empty_volumes"] == ["b"]
+    # The files for people to look at show the most probable class everywhere.
+    assert np.asarray(nib.load(tmp_path / "b.nii.gz").dataobj).max() == 0
