@@ -4,6 +4,7 @@ A table of experiments: rows (overrides of one config) x pairs (split, seed). A 
 
   CONFIG  name of the config file beside it
   PAIRS   ((split, seed), ...)
+  BASE    {"group.field": value, ...} for every row
   ROWS    {row name: {"group.field": value, ...}}; the first row is the one to compare with
 
 Every run leaves `<row>/<split>_seed<seed>.json` in the results folder, from which the Markdown
@@ -54,7 +55,7 @@ class SweepError(ValueError):
 
 
 class Sweep(NamedTuple):
-    """A sweep file: rows x pairs of one config."""
+    """A sweep file: rows x pairs of one config; rows hold what they share, too."""
 
     config: ConfigDict
     pairs: Sequence[tuple[str, int]]
@@ -72,10 +73,16 @@ class Experiment(NamedTuple):
 
 
 def load_sweep(path: Path) -> Sweep:
-    """Reads a sweep file; raises KeyError if it lacks one of CONFIG, PAIRS, ROWS."""
+    """Reads a sweep file; raises SweepError if it is not there or lacks one of the names."""
+    if not path.is_file():
+        raise SweepError(f"--sweep: there is no file {path}")
     content = runpy.run_path(str(path))
+    missing = [n for n in ("CONFIG", "PAIRS", "BASE", "ROWS") if n not in content]
+    if missing:
+        raise SweepError(f"{path} does not define {', '.join(missing)}")
     config = runpy.run_path(str(path.parent / content["CONFIG"]))["get_config"]()
-    return Sweep(config, content["PAIRS"], content["ROWS"])
+    rows = {row: {**content["BASE"], **own} for row, own in content["ROWS"].items()}
+    return Sweep(config, content["PAIRS"], rows)
 
 
 def experiments(sweep: Sweep) -> Iterator[Experiment]:
@@ -245,9 +252,9 @@ def main(argv):
     path = Path(_SWEEP.value)
     workdir = Path(_WORKDIR.value or f"runs/{path.stem}").expanduser().absolute()
     folder = Path(_RESULTS.value or f"results/{path.stem}").expanduser()
-    sweep = load_sweep(path)
-    sweep.config.data.update(data_dir=_DATA_DIR.value, manual_dir=_MANUAL_DIR.value)
     try:
+        sweep = load_sweep(path)
+        sweep.config.data.update(data_dir=_DATA_DIR.value, manual_dir=_MANUAL_DIR.value)
         if not _TABLE_ONLY.value:
             train.set_up_process(sweep.config)
             run_missing(sweep, workdir, folder)

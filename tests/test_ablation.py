@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[1]
 SWEEP = """
 CONFIG = "phantom.py"
 PAIRS = (("c1", 0), ("c2", 7))
+BASE = {"log.every": 5}
 ROWS = {
     "supervised": {"rounds.num_rounds": 0, "rounds.baseline_steps": 950},
     "inter, 3 anchors": {},
@@ -54,12 +55,21 @@ def test_experiments_are_rows_times_pairs(sweep):
     assert supervised.config.rounds.num_rounds == 0
     assert plain.config.rounds == sweep.config.rounds  # a row leaves no trace in the next one
     assert (every.config.loss.pixels_per_class, every.config.loss.contrastive_weight) == (None, 1.0)
+    assert plain.config.log.every == every.config.log.every == 5
     assert str(plain.path) == "inter_3_anchors/c2_seed7"
 
 
 def test_an_unknown_key_in_a_row_is_refused(sweep):
     with pytest.raises(ablation.SweepError, match="contrastive_wait"):
         list(ablation.experiments(sweep._replace(rows={"a": {"loss.contrastive_wait": 1.0}})))
+
+
+def test_a_sweep_file_that_is_none(tmp_path):
+    with pytest.raises(ablation.SweepError, match="no file"):
+        ablation.load_sweep(tmp_path / "sweep.py")
+    (tmp_path / "sweep.py").write_text("CONFIG = 'phantom.py'; ROWS = {}")
+    with pytest.raises(ablation.SweepError, match="does not define PAIRS, BASE"):
+        ablation.load_sweep(tmp_path / "sweep.py")
 
 
 def test_mean_and_interval_by_hand():
