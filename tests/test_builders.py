@@ -11,7 +11,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from lclseg import volumes
+from lclseg import bias_field, volumes
 from lclseg.prepared import open_prepared
 from lclseg.volumes import VolumeError
 from tfds_builders import slices
@@ -103,9 +103,10 @@ def make_hippocampus(folder):
     return folder
 
 
-def open_set(name, tmp_path, manual_dir="", *, image_size=32, target_spacing_mm=1.5):
+def open_set(name, tmp_path, manual_dir="", *, image_size=32, target_spacing_mm=1.5, **options):
     return open_prepared(
         name,
+        **options,
         image_size=image_size,
         target_spacing_mm=target_spacing_mm,
         data_dir=str(tmp_path / "prepared"),
@@ -447,5 +448,39 @@ def test_phantom(phantom_place, monkeypatch):
 
 def test_every_grid_has_a_name_of_its_own():
     grids = [(192, 1.0), (160, 1.0), (192, 1.36719), (192, 1.5), (192, 0.625), (19, 21.0)]
-    names = {slices.grid_config(image_size=n, target_spacing_mm=mm).name for n, mm in grids}
-    assert len(names) == len(grids)
+    configs = [
+        slices.grid_config(image_size=n, target_spacing_mm=mm, n4_shrink_factor=n4)
+        for n, mm in grids
+        for n4 in (0, 2, 4)
+    ]
+    assert len({c.name for c in configs}) == 3 * len(grids)
+
+
+def test_bias_field_is_taken_out_before_all_else(tmp_path):
+    """A set of its own beside the uncorrected one; labels are the same, images are N4's."""
+    folder = tmp_path / "hippocampus"
+    names = ("hippocampus_001", "hippocampus_002")
+    rng = np.random.default_rng(0)
+    for name in names:
+        x = np.linspace(-1, 1, 32)
+        image = rng.normal(100, 3, (32, 32, 4)) * np.exp(0.5 * x)[:, None, None]
+        image[:6] = 1
+        write(folder / "imagesTr" / f"{name}.nii.gz", image.astype(np.float32), (1.0, 1.0, 1.0))
+        label = np.zeros(image.shape, np.uint8)
+        label[10:20, 10:20] = 1
+        write(folder / "labelsTr" / f"{name}.nii.gz", label, (1.0, 1.0, 1.0))
+    pairs = [{k: f"{k}sTr/{n}.nii.gz" for k in ("image", "label")} for n in names]
+    (folder / "dataset.json").write_text(json.dumps({"training": pairs}))
+    options = {"image_size": 32, "target_spacing_mm": 1.0}
+    plain = open_set("hippocampus", tmp_path, folder, **options)
+    corrected = open_set("hippocampus", tmp_path, folder, **options, n4_shrink_factor=2)
+    before, label = plain.read_slices(range(8))
+    after, corrected_label = corrected.read_slices(range(8))
+    np.testing.assert_array_equal(label, corrected_label)
+    file = nib.load(folder / "imagesTr" / f"{names[0]}.nii.gz")
+    expected = bias_field.correct_bias_field(file.get_fdata(), (1, 1, 1), shrink_factor=2)
+    expected = np.moveaxis(volumes.normalize_intensity(expected), 2, 0)
+    np.testing.assert_allclose(after[:4], expected, atol=1e-4)
+    # Brighter towards high rows before, level afterwards.
+    assert before[:, 28:].mean() - before[:, 8:12].mean() > 0.3
+    assert abs(after[:, 28:].mean() - after[:, 8:12].mean()) < 0.1
