@@ -59,7 +59,6 @@ def get_config() -> ConfigDict:
     augment = config.augment = ConfigDict()
     augment.max_rotation_degrees = 15.0
     augment.scale_range = (0.95, 1.05)
-    augment.keep_orientation = False  # True: no flip, no turn by k x 45 degrees
     augment.elastic_probability = 0.5
     augment.elastic_sigma_px = 5.0
     augment.contrast_range = (0.8, 1.2)

@@ -21,7 +21,6 @@ def augment_slice(
     elastic_sigma_px=5.0,
     contrast_range=(0.8, 1.2),
     max_brightness=0.1,
-    keep_orientation=False,
 ):
     """Moves image and label together, then jitters the intensity of the image.
 
@@ -38,7 +37,6 @@ def augment_slice(
       elastic_sigma_px: standard deviation, in pixels, of the displacement of a grid node.
       contrast_range: (low, high) of the factor on the image.
       max_brightness: bound of the offset on the image, either way.
-      keep_orientation: neither flip nor turn by k x 45 degrees.
 
     Returns:
       (image, label) of the shapes and dtypes given. What comes from outside the slice is
@@ -63,7 +61,6 @@ def augment_slice(
         affine_key,
         max_rotation_degrees=max_rotation_degrees,
         scale_range=scale_range,
-        keep_orientation=keep_orientation,
     )
     displacement = elastic_displacement(
         elastic_key, image.shape, sigma_px=elastic_sigma_px, probability=elastic_probability
@@ -93,11 +90,10 @@ def augment_view(key, image, *, contrast_range=(0.7, 1.3), max_brightness=0.3, c
     )
 
 
-def affine_matrix(key, *, max_rotation_degrees, scale_range, keep_orientation=False):
+def affine_matrix(key, *, max_rotation_degrees, scale_range):
     """Draws, uniformly, one of: small rotation, scaling, flip, k x 45 degrees, nothing.
 
-    The flip itself happens with probability 0.5 and k is uniform on 0..7; with `keep_orientation`,
-    for classes told apart by where they lie, neither happens. Returns [2, 2] float32,
+    The flip itself happens with probability 0.5 and k is uniform on 0..7. Returns [2, 2] float32,
     taking output to input (row, column) offsets from the centre.
     """
     max_angle = jnp.deg2rad(max_rotation_degrees)
@@ -108,8 +104,6 @@ def affine_matrix(key, *, max_rotation_degrees, scale_range, keep_orientation=Fa
         minval=jnp.array([0.0, -max_angle, scale_range[0], 0.0, 0.0]),
         maxval=jnp.array([5.0, max_angle, scale_range[1], 1.0, 8.0]),
     )
-    if keep_orientation:
-        flip, turn = 1.0, 0.0
     identity = jnp.eye(2)
     # Indexing five finished 2 x 2 matrices costs less than a switch, which vmap would turn into
     # computing them all anyway.

@@ -71,7 +71,6 @@ class AugmentOptions(NamedTuple):
     view_max_brightness: float
     view_clip: tuple[float, float]
     view_geometry: bool
-    keep_orientation: bool
 
 
 def create_train_state(
@@ -208,7 +207,6 @@ def augment_batch(
             elastic_sigma_px=options.elastic_sigma_px,
             contrast_range=contrast_range,
             max_brightness=max_brightness,
-            keep_orientation=options.keep_orientation,
         )
 
     def labeled(k, image, label):

@@ -191,21 +191,6 @@ def test_affine_kinds_are_uniform_and_in_range():
     assert (matrices[flipped] == np.diag([1, -1])).all()
 
 
-def test_orientation_can_be_kept():
-    """Where sides or ends are classes of their own: small rotations and scalings are all."""
-    draw = functools.partial(
-        augment.affine_matrix,
-        max_rotation_degrees=10.0,
-        scale_range=(0.9, 1.1),
-        keep_orientation=True,
-    )
-    matrices = np.asarray(jax.vmap(draw)(keys(1000)), np.float64)
-    degrees = np.degrees(np.arctan2(matrices[:, 0, 1], matrices[:, 0, 0]))
-    assert (np.linalg.det(matrices) > 0).all() and np.abs(degrees).max() <= 10.001
-    np.testing.assert_allclose((np.abs(degrees) > 1e-4).mean(), 1 / 5, atol=0.05)
-    np.testing.assert_allclose((matrices == np.eye(2)).all(axis=(1, 2)).mean(), 3 / 5, atol=0.06)
-
-
 def test_zero_strength_leaves_flips_and_eighth_turns_only():
     image, label = random_slice(SHAPE)
     images, labels = over_keys(

@@ -51,7 +51,6 @@ AUGMENT = steps.AugmentOptions(
     view_max_brightness=0.3,
     view_clip=(0.0, 1.5),
     view_geometry=False,
-    keep_orientation=False,
 )
 
 
