@@ -35,8 +35,12 @@ BASE = {
 EVERY_PIXEL = {"loss.pixels_per_class": 0}
 ROWS = {
     "a supervised": {"rounds.num_rounds": 0, "rounds.baseline_steps": 700},
+    # Unlabelled slices go through the network, and so through BatchNorm, but no loss reads them.
     "joint pass only": {"loss.contrastive_weight": 0.0},
-    "b self-training": {"loss.contrastive_weight": 0.0, "loss.pseudo_label_weight": 1.0},
+    "b self-training": {
+        "loss.contrastive_weight": 0.0,
+        "loss.pseudo_label_weight": 1.0,
+        "augment.view_geometry": True,
+    },
     "d inter, every pixel": EVERY_PIXEL,
-    "b + d": EVERY_PIXEL | {"loss.pseudo_label_weight": 1.0},
 }
