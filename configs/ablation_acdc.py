@@ -43,4 +43,6 @@ ROWS = {
         "augment.view_geometry": True,
     },
     "d inter, every pixel": EVERY_PIXEL,
+    "d, background too, weight 0.1": EVERY_PIXEL
+    | {"loss.include_background": True, "loss.contrastive_weight": 0.1},
 }
