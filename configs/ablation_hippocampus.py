@@ -1,0 +1,40 @@
+"""What each part is worth on hippocampus, 64 x 64, 2 labelled volumes: a sweep for lclseg.ablation.
+
+  python -m lclseg.ablation --sweep=configs/ablation_hippocampus.py --manual_dir=Task04_Hippocampus
+
+The same number of optimiser steps in every row; each joint row shares the baseline of its pair.
+"""
+
+CONFIG = "hippocampus.py"
+PAIRS = (("c1", 0), ("c2", 1), ("c3", 2))
+BASE = {
+    "data.labeled_batch_size": 8,
+    "data.pairs.labeled_self": 0,
+    "data.pairs.pseudo_self": 0,
+    "data.pairs.labeled_pseudo": 2,
+    "data.pairs.pseudo_pseudo": 2,
+    "data.view_min_classes": 1,
+    "crf.num_steps": 30,
+    "rounds.baseline_steps": 600,
+    "rounds.steps_per_round": 100,
+    "rounds.eval_every": 50,
+}
+SUPERVISED = {"rounds.num_rounds": 0, "rounds.baseline_steps": 900}
+EVERY_PIXEL = {"loss.pixels_per_class": 0}
+ROWS = {
+    "a supervised": SUPERVISED,
+    # Unlabelled slices go through the network, and so through BatchNorm, but no loss reads them.
+    "joint pass only": {"loss.contrastive_weight": 0.0},
+    "b self-training": {
+        "loss.contrastive_weight": 0.0,
+        "loss.pseudo_label_weight": 1.0,
+        "augment.view_geometry": True,
+    },
+    "c inter, 3 anchors": {},
+    "d inter, every pixel": EVERY_PIXEL,
+    "e batch, every pixel": EVERY_PIXEL | {"loss.matching": "batch"},
+    "f d without CRF": EVERY_PIXEL | {"crf.num_steps": 0},
+    "g d, weight 0.01": EVERY_PIXEL | {"loss.contrastive_weight": 0.01},
+    "g d, weight 1": EVERY_PIXEL | {"loss.contrastive_weight": 1.0},
+    "h all labels": SUPERVISED | {"data.num_labeled": "all"},
+}
