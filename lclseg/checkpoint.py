@@ -8,6 +8,8 @@ from orbax.checkpoint import checkpoint_managers
 
 from lclseg.steps import TrainState
 
+UNVALIDATED = -1.0  # below any Dice
+
 
 def open_stage(folder: Path) -> ocp.CheckpointManager:
     """Manager of a stage's checkpoints; use it as a context manager, saves are asynchronous.
@@ -28,9 +30,17 @@ def open_stage(folder: Path) -> ocp.CheckpointManager:
 
 
 def save(
-    manager: ocp.CheckpointManager, step: int, state: TrainState, progress: dict, dice: float
+    manager: ocp.CheckpointManager,
+    step: int,
+    state: TrainState,
+    progress: dict,
+    dice: float | None,
 ) -> None:
-    """Saves a checkpoint; `step` must rise from save to save."""
+    """Saves a checkpoint; `step` must rise from save to save.
+
+    `dice` is its validation Dice; None: it was not validated, and is never the best one.
+    """
+    dice = UNVALIDATED if dice is None else dice
     items = ocp.args.Composite(
         state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(progress)
     )

@@ -1,5 +1,7 @@
 """Checks of a config before any work is done, and the comparison of two."""
 
+from collections.abc import Sequence
+
 from ml_collections import ConfigDict
 
 from lclseg.losses import MATCHINGS
@@ -67,6 +69,9 @@ JOINT_ONLY = (
     "log.",
 )
 
+# What a run may have otherwise when it goes on: where things are, and how often it tells.
+MACHINE_KEYS = ("num_cpu_devices", "data.data_dir", "data.manual_dir", "log.every")
+
 
 class ConfigError(ValueError):
     """A config that cannot be run; the message names the keys and the way out."""
@@ -126,3 +131,25 @@ def differing_keys(before: dict, now: dict, prefix: str = "") -> list[str]:
         elif old != new:
             keys.append(prefix + key)
     return keys
+
+
+def refused_changes(before: dict, now: dict, begun: Sequence[str]) -> list[str]:
+    """Dotted names of the values that a run cannot go on with.
+
+    Allowed are other machine keys, more rounds, and more steps of the stage that is the last one
+    begun; with a decaying learning rate a stage's steps are fixed.
+
+    Args:
+      before, now: configs, read from JSON.
+      begun: names of the stages that have checkpoints.
+    """
+    rounds = [before["rounds"], now["rounds"]]
+    allowed = list(MACHINE_KEYS)
+    if rounds[1]["num_rounds"] > rounds[0]["num_rounds"]:
+        allowed.append("rounds.num_rounds")
+    if now["optimizer"]["schedule"] == "constant":
+        if rounds[1]["baseline_steps"] > rounds[0]["baseline_steps"] and "round_1" not in begun:
+            allowed.append("rounds.baseline_steps")
+        if rounds[1]["steps_per_round"] > rounds[0]["steps_per_round"] and "round_2" not in begun:
+            allowed.append("rounds.steps_per_round")
+    return [k for k in differing_keys(before, now) if k not in allowed]

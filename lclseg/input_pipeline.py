@@ -42,6 +42,14 @@ class PairComposition(NamedTuple):
     pseudo_pseudo: int
 
 
+class Draw(NamedTuple):
+    """The slices of a global batch: record numbers [B], of pairs [P, 2], and which are pseudo."""
+
+    labeled: np.ndarray
+    pairs: np.ndarray | None
+    is_pseudo: np.ndarray | None
+
+
 def ground_truth_pool(prepared: PreparedSet, volume_ids) -> Pool:
     """All slices of the given volumes, with ground-truth class counts."""
     entries = [prepared.volumes[v] for v in volume_ids]

@@ -14,7 +14,7 @@ _WORKDIR = flags.DEFINE_string(
 
 def main(argv):
     # Imported here: the processes that prepare volumes import this module, but need no JAX.
-    from lclseg import report, train
+    from lclseg import interruption, report, train
 
     if len(argv) > 1:
         raise app.UsageError(f"unknown argument {argv[1]!r}; options look like --config.seed=1")
@@ -24,7 +24,11 @@ def main(argv):
     workdir = Path(_WORKDIR.value or default).expanduser().absolute()
     train.set_up_process(config)
     try:
-        results = train.train_and_evaluate(config, workdir)
+        with interruption.stop_on_signals() as stop_asked:
+            results = train.train_and_evaluate(config, workdir, stop_asked)
+    except interruption.Interrupted as stop:
+        print(f"lclseg: {stop}; the same command goes on from there")
+        return
     except train.USER_ERRORS as error:
         sys.exit(f"lclseg: {error}")
     print(f"\n{report.table(results)}\n\n{workdir}")

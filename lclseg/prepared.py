@@ -74,6 +74,11 @@ class PreparedSet:
             np.stack([r["label"] for r in records]),
         )
 
+    def slice_name(self, record: int) -> str:
+        """Volume id and slice number of a record, e.g. "patient001_frame01, slice 3"."""
+        entry = next(e for e in self.volumes.values() if record in e.slices)
+        return f"{entry.volume_id}, slice {record - entry.first_slice}"
+
     def read_native(self, volume_id: str) -> NativeVolume:
         """Native geometry and label of a volume."""
         entry = self.volumes[volume_id]

@@ -1,8 +1,10 @@
 """Pseudo-labels of the unlabelled pool: predicted, stored per round, never changed afterwards."""
 
 import dataclasses
+import hashlib
 import json
 import logging
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -66,6 +68,7 @@ def make_pseudo_labels(
     agreements: Mapping[str, float] | None = None,
     min_agreement: float = 0.0,
     min_confidence: float = 0.0,
+    made_by: dict | None = None,
 ) -> PseudoLabels:
     """Predicts the pool and writes a new set of pseudo-labels into `folder`.
 
@@ -83,6 +86,7 @@ def make_pseudo_labels(
       agreements: of the volumes, see `consistency.agreement`; None: no gate.
       min_agreement: a volume passes the gate if its agreement is above this.
       min_confidence: pixels whose most probable class has a lower probability become `IGNORE`.
+      made_by: names the state that `predict` belongs to, for the report.
 
     Raises:
       PseudoLabelError: no volume passes the gate, and there is no round before.
@@ -100,7 +104,7 @@ def make_pseudo_labels(
         if rejected == ids:
             best = max(agreements.values())
             reason = f"no volume's agreement is above {min_agreement} (the best has {best:.3f})"
-            return _keep_previous(previous, folder, prepared, reason, gate)
+            return _keep_previous(previous, folder, prepared, reason, gate, made_by)
         ids = [v for v in ids if v not in rejected]
 
     records = _records(prepared, ids)
@@ -143,9 +147,10 @@ def make_pseudo_labels(
     vanished = [name for name, count in voxels.items() if count == 0]
     if vanished and previous is not None:
         reason = f"no volume shows {', '.join(vanished)} any more"
-        return _keep_previous(previous, folder, prepared, reason, gate)
+        return _keep_previous(previous, folder, prepared, reason, gate, made_by)
     summary = metrics.summarize(true_metrics, class_names=prepared.class_names)
     report = {
+        "made_by": made_by,
         "volume_ids": ids,
         "num_volumes": len(ids),
         "gate": gate,
@@ -163,9 +168,19 @@ def make_pseudo_labels(
 
 
 def load_pseudo_labels(folder: Path, prepared: PreparedSet) -> PseudoLabels:
-    """Opens what `make_pseudo_labels` wrote."""
-    labels = np.load(folder / "labels.npy", mmap_mode="r", allow_pickle=False)
+    """Opens what `make_pseudo_labels` wrote.
+
+    Raises:
+      PseudoLabelError: the labels are not those of the report.
+    """
     report = json.loads((folder / "report.json").read_text())
+    path = folder / "labels.npy"
+    if not path.exists() or _sha256(path) != report["labels_sha256"]:
+        raise PseudoLabelError(
+            f"{path} is missing or not what was written, by its digest in report.json; remove the "
+            "folder to predict these pseudo-labels anew"
+        )
+    labels = np.load(path, mmap_mode="r", allow_pickle=False)
     return PseudoLabels(
         folder=folder,
         records=_records(prepared, report["volume_ids"]),
@@ -179,12 +194,20 @@ def _finish(folder: Path, prepared: PreparedSet, report: dict) -> PseudoLabels:
     """Writes the report, which completes the round, and tells what is odd about it."""
     for warning in report["warnings"]:
         logger.warning("pseudo-labels in %s: %s", folder.name, warning)
-    (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    report = report | {"labels_sha256": _sha256(folder / "labels.npy")}
+    partial = folder / "report.partial"
+    partial.write_text(json.dumps(report, indent=2) + "\n")
+    os.replace(partial, folder / "report.json")
     return load_pseudo_labels(folder, prepared)
 
 
 def _keep_previous(
-    previous: PseudoLabels | None, folder: Path, prepared: PreparedSet, reason: str, gate
+    previous: PseudoLabels | None,
+    folder: Path,
+    prepared: PreparedSet,
+    reason: str,
+    gate: dict | None,
+    made_by: dict | None,
 ) -> PseudoLabels:
     """Copies the pseudo-labels of the round before, with a report that says why."""
     if previous is None:
@@ -196,6 +219,7 @@ def _keep_previous(
         shutil.rmtree(folder)
     shutil.copytree(previous.folder, folder, ignore=shutil.ignore_patterns("report.json"))
     changes = {
+        "made_by": made_by,
         "gate": gate,
         "kept_previous": reason,
         "dice_with_previous_round": 1.0,
@@ -225,6 +249,11 @@ def _warnings(
                 f"{usual:.0f}"
             )
     return warnings
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _records(prepared: PreparedSet, volume_ids: Sequence[str]) -> np.ndarray:

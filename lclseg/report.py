@@ -40,10 +40,35 @@ def new_results(config: ConfigDict, prepared: PreparedSet, split: Split) -> dict
 
 
 def write_json(path: Path, content: dict) -> None:
+    """Writes JSON to a file that is whole at any moment."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
     """Writes a file that is whole at any moment: a temporary one, then renamed."""
     temporary = path.with_suffix(".partial")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
+    temporary.write_text(text)
     os.replace(temporary, path)
+
+
+def forget_lines(path: Path, stage: str, *, after_step: int) -> None:
+    """Takes out of metrics.jsonl what a stage that goes on from `after_step` will write again.
+
+    A line that was cut off while it was written goes, too.
+    """
+    if not path.exists():
+        return
+    lines = path.read_text().splitlines(keepends=True)
+    kept = []
+    for line in lines:
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        if entry["stage"] != stage or entry["step"] <= after_step:
+            kept.append(line)
+    if kept != lines:
+        write_text(path, "".join(kept))
 
 
 def read_json(path: Path) -> dict | None:

@@ -26,8 +26,15 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from lclseg import checkpoint, consistency, evaluation, input_pipeline, report, steps
-from lclseg.configuration import JOINT_ONLY, ConfigError, check_config, differing_keys
+from lclseg.configuration import (
+    JOINT_ONLY,
+    ConfigError,
+    check_config,
+    differing_keys,
+    refused_changes,
+)
 from lclseg.crf import dense_crf
+from lclseg.interruption import Interrupted
 from lclseg.models import UNet
 from lclseg.prepared import PreparedSet, open_prepared
 from lclseg.pseudo_labels import (
@@ -40,6 +47,7 @@ from lclseg.splits import Split, SplitError, resolve_split
 from lclseg.volumes import VolumeError
 
 AXIS = "devices"
+ZEROS_TO_WARN = 5  # validations in a row
 # What the user can mend; a program shows the message and no traceback.
 USER_ERRORS = (ConfigError, SplitError, VolumeError, PseudoLabelError, FloatingPointError)
 logger = logging.getLogger("lclseg")
@@ -67,6 +75,7 @@ class Run:
       optimizers: by stage kind, "baseline" and "joint".
       train_steps: likewise, compiled over devices: (state, batch, key) -> (state, metrics).
       predict: (replicated state, images [N, M, H, W]) -> probs [N, M, H, W, C], compiled.
+      stop_asked: whether the run shall stop as soon as nothing is lost.
     """
 
     config: ConfigDict
@@ -78,6 +87,7 @@ class Run:
     optimizers: dict[str, optax.GradientTransformation]
     train_steps: dict[str, Callable]
     predict: Callable
+    stop_asked: Callable[[], bool]
 
 
 def set_up_process(config: ConfigDict) -> None:
@@ -104,7 +114,9 @@ def make_optimizer(config: ConfigDict, num_steps: int) -> optax.GradientTransfor
     return optax.adam(rate)
 
 
-def start_run(config: ConfigDict, workdir: Path) -> Run:
+def start_run(
+    config: ConfigDict, workdir: Path, stop_asked: Callable[[], bool] = lambda: False
+) -> Run:
     """Checks config and data, claims the workdir, and builds model and compiled steps.
 
     Raises:
@@ -162,29 +174,33 @@ def start_run(config: ConfigDict, workdir: Path) -> Run:
         optimizers=optimizers,
         train_steps={kind: compiled(o) for kind, o in optimizers.items()},
         predict=jax.pmap(functools.partial(steps.predict_step, model=model)),
+        stop_asked=stop_asked,
     )
 
 
 def claim_workdir(config: ConfigDict, workdir: Path) -> None:
-    """Creates the workdir with the config in it, or checks that it is this run's own.
+    """Creates the workdir with the config in it, or checks that its run can go on with this config.
+
+    A run may be longer than it was, and go on elsewhere or on other devices; see `refused_changes`.
 
     Raises:
-      ConfigError: the folder holds something else, or a run of another config.
+      ConfigError: the folder holds something else, or a run that cannot go on with this config.
     """
     path = workdir / "config.json"
     text = config.to_json_best_effort(indent=2, sort_keys=True) + "\n"
     if path.exists():
-        keys = differing_keys(json.loads(path.read_text()), json.loads(text))
+        before = json.loads(path.read_text())
+        begun = [p.name for p in (workdir / "checkpoints").glob("*")]
+        keys = refused_changes(before, json.loads(text), begun)
         if keys:
             raise ConfigError(
                 f"{workdir} holds a run with other values of {', '.join(keys[:8])}; go on with its "
                 "config, or choose another --workdir"
             )
-        return
-    if workdir.exists() and any(workdir.iterdir()):
+    elif workdir.exists() and any(workdir.iterdir()):
         raise ConfigError(f"{workdir} is not empty and no lclseg run; choose another --workdir")
     workdir.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
+    report.write_text(path, text)
 
 
 def take_over_baseline(run: Run, results: dict) -> None:
@@ -227,12 +243,17 @@ def replicate(state: steps.TrainState) -> steps.TrainState:
 
 
 def predictor(
-    run: Run, state: steps.TrainState, refine: Callable | None = None
+    run: Run,
+    state: steps.TrainState,
+    refine: Callable | None = None,
+    *,
+    stoppable: bool = True,
 ) -> evaluation.Predict:
     """Maps any number of slices [M, H, W] to probabilities [M, H, W, C].
 
     One compiled shape, of all devices; a part of it that M does not fill is padding. `refine`, if
-    given, maps (slices, probabilities) to the probabilities returned.
+    given, maps (slices, probabilities) to the probabilities returned. It stops when asked to, if
+    `stoppable`: not in validation, which belongs to the step before it.
     """
     num_devices = jax.local_device_count()
     per_device = -(-run.config.data.eval_batch_size // num_devices)
@@ -253,16 +274,20 @@ def predictor(
         return probs[: len(images)]
 
     def predict(images: np.ndarray) -> np.ndarray:
+        if stoppable and run.stop_asked():
+            raise Interrupted("stopped while predicting volumes, which starts anew")
         chunks = [images[i : i + capacity] for i in range(0, len(images), capacity)]
         return np.concatenate([predict_chunk(chunk) for chunk in chunks])
 
     return predict
 
 
-def evaluate_state(run: Run, state: steps.TrainState, volume_ids, **kwargs) -> dict:
+def evaluate_state(
+    run: Run, state: steps.TrainState, volume_ids, *, stoppable: bool, **kwargs
+) -> dict:
     """Metrics of a state on volumes; see `evaluation.evaluate`."""
     return evaluation.evaluate(
-        predictor(run, state),
+        predictor(run, state, stoppable=stoppable),
         run.prepared,
         volume_ids,
         batch_size=run.config.data.eval_batch_size,
@@ -270,10 +295,11 @@ def evaluate_state(run: Run, state: steps.TrainState, volume_ids, **kwargs) -> d
     )
 
 
-def batch_maker(run: Run, pseudo_labels: PseudoLabels | None) -> Callable[[int], dict]:
-    """step -> sharded batch: labelled slices, and in the joint stage (with pseudo-labels) pairs."""
+def batch_drawer(
+    run: Run, pseudo_labels: PseudoLabels | None
+) -> Callable[[int], input_pipeline.Draw]:
+    """step -> which slices: labelled ones, and in the joint stage (with pseudo-labels) pairs."""
     data, seed = run.config.data, run.config.seed
-    num_devices = jax.local_device_count()
     labeled = input_pipeline.ground_truth_pool(run.prepared, run.split.labeled)
     labeled_records = input_pipeline.select_slices(
         labeled, min_classes=data.min_classes, at_least=1, role="labelled batch"
@@ -291,17 +317,24 @@ def batch_maker(run: Run, pseudo_labels: PseudoLabels | None) -> Callable[[int],
             role="pseudo-labelled views",
         )
 
-    def make(step: int) -> dict:
+    def draw(step: int) -> input_pipeline.Draw:
         records = input_pipeline.draw_labeled(seed, step, labeled_records, data.labeled_batch_size)
-        batch = input_pipeline.read_labeled(run.prepared, records)
-        if pseudo_labels is not None:
-            pairs, is_pseudo = input_pipeline.draw_pairs(
-                seed, step, labeled_views, pseudo_views, composition
-            )
-            batch |= input_pipeline.read_pairs(run.prepared, pseudo_labels, pairs, is_pseudo)
-        return input_pipeline.shard(batch, num_devices)
+        if pseudo_labels is None:
+            return input_pipeline.Draw(records, None, None)
+        pairs, is_pseudo = input_pipeline.draw_pairs(
+            seed, step, labeled_views, pseudo_views, composition
+        )
+        return input_pipeline.Draw(records, pairs, is_pseudo)
 
-    return make
+    return draw
+
+
+def read_batch(run: Run, pseudo_labels: PseudoLabels | None, draw: input_pipeline.Draw) -> dict:
+    """Reads the slices of a draw: a batch, sharded over devices."""
+    batch = input_pipeline.read_labeled(run.prepared, draw.labeled)
+    if pseudo_labels is not None:
+        batch |= input_pipeline.read_pairs(run.prepared, pseudo_labels, draw.pairs, draw.is_pseudo)
+    return input_pipeline.shard(batch, jax.local_device_count())
 
 
 def fit(
@@ -320,39 +353,60 @@ def fit(
     """
     rounds = run.config.rounds
     train_step = run.train_steps["baseline" if pseudo_labels is None else "joint"]
-    make_batch = batch_maker(run, pseudo_labels)
+    draw = batch_drawer(run, pseudo_labels)
     first_step = int(state.step)  # the stage's first step, counted over the whole run
+    digest = pseudo_labels.report["labels_sha256"] if pseudo_labels else None
     history: list[dict] = []
     with checkpoint.open_stage(run.workdir / "checkpoints" / stage) as manager:
         done = manager.latest_step() or 0
         if done:
             latest, progress = checkpoint.restore(manager, done, state)
+            if progress["labels_sha256"] != digest:
+                raise ConfigError(
+                    f"{manager.directory}: training was begun on other pseudo-labels than those in "
+                    f"{pseudo_labels.folder}; remove the checkpoint folder to train this round anew"
+                )
             history = progress["validation"]
             logger.info("%s: going on from step %d of %d", stage, done, num_steps)
         else:
             latest = state
+
+        def save(dice):
+            progress = {"validation": history, "labels_sha256": digest}
+            checkpoint.save(manager, number, current, progress, dice)
+
+        report.forget_lines(run.workdir / "metrics.jsonl", stage, after_step=done)
         replicated = replicate(latest)
-        batches = input_pipeline.read_ahead(make_batch, first_step + done, first_step + num_steps)
+        batches = input_pipeline.read_ahead(
+            lambda step: read_batch(run, pseudo_labels, draw(step)),
+            first_step + done,
+            first_step + num_steps,
+        )
         bar = tqdm(batches, stage, num_steps, initial=done, unit="step", disable=None)
+        unchecked = {}  # step: metrics, still on the device
         for number, batch in enumerate(bar, start=done + 1):
-            replicated, metrics = train_step(replicated, batch, run.key)
-            if number % run.config.log.every == 0 or number == num_steps:
-                scalars = {k: float(v[0]) for k, v in metrics.items()}
+            replicated, unchecked[number] = train_step(replicated, batch, run.key)
+            log_now = number % run.config.log.every == 0 or number == num_steps
+            validate_now = number % rounds.eval_every == 0 or number == num_steps
+            stop_now = run.stop_asked()
+            if log_now or validate_now or stop_now:
+                scalars = check_finite(run, stage, unchecked, lambda n: draw(first_step + n - 1))
+                unchecked = {}
+            if log_now:
                 log_scalars(run, stage, number, scalars)
                 bar.set_postfix(loss=f"{scalars['loss']:.3f}", refresh=False)
-                if not all(map(math.isfinite, scalars.values())):
-                    raise FloatingPointError(
-                        f"{stage}, step {number}: {scalars}; try a lower optimizer.learning_rate "
-                        "or loss.contrastive_weight"
-                    )
-            if number % rounds.eval_every == 0 or number == num_steps:
-                current = flax.jax_utils.unreplicate(replicated)
+            if not (validate_now or stop_now):
+                continue
+            current = flax.jax_utils.unreplicate(replicated)
+            if validate_now:
                 dice = validate(run, current)
                 history.append({"step": number, **dice})
                 log_scalars(run, stage, number, {"validation_dice": dice["mean_dice"]})
-                checkpoint.save(
-                    manager, number, current, {"validation": history}, dice["mean_dice"]
-                )
+                warn_of_zeros(stage, history)
+            save(dice["mean_dice"] if validate_now else None)
+            if stop_now and number < num_steps:
+                manager.wait_until_finished()
+                raise Interrupted(f"stopped in {stage} after step {number} of {num_steps}")
         manager.wait_until_finished()
         best_step = manager.best_step()
         best, _ = checkpoint.restore(manager, best_step, state)
@@ -361,9 +415,53 @@ def fit(
     return Best(best, score, stage), history
 
 
+def check_finite(
+    run: Run,
+    stage: str,
+    unchecked: dict[int, dict],
+    draw: Callable[[int], input_pipeline.Draw],
+) -> dict:
+    """Scalars of the last of the steps, when those of all are finite.
+
+    Raises:
+      FloatingPointError: naming the first step that is not, and the file that lists its slices.
+    """
+    for number, metrics in unchecked.items():
+        scalars = {k: float(v[0]) for k, v in metrics.items()}
+        if all(map(math.isfinite, scalars.values())):
+            continue
+        path = run.workdir / "non_finite.json"
+        slices = {
+            role: [run.prepared.slice_name(r) for r in records.ravel()]
+            for role, records in (("labeled", draw(number).labeled), ("pairs", draw(number).pairs))
+            if records is not None
+        }
+        values = {k: str(v) for k, v in scalars.items()}
+        report.write_json(path, {"stage": stage, "step": number, "metrics": values, **slices})
+        raise FloatingPointError(
+            f"{stage}, step {number}: {values}; {path} lists the slices of its batch. Look at "
+            "their intensities, or try a lower optimizer.learning_rate or loss.contrastive_weight"
+        )
+    return scalars
+
+
+def warn_of_zeros(stage: str, history: list[dict]) -> None:
+    """Warns where the last `ZEROS_TO_WARN` validations gave a Dice of 0."""
+    last = [h["mean_dice"] for h in history[-ZEROS_TO_WARN:]]
+    if len(last) == ZEROS_TO_WARN and not any(last):
+        logger.warning(
+            "%s: the last %d validations gave a Dice of 0: the network finds nothing. A lower "
+            "optimizer.learning_rate may help, or look whether labels lie on their images",
+            stage,
+            ZEROS_TO_WARN,
+        )
+
+
 def validate(run: Run, state: steps.TrainState) -> dict:
     """Validation Dice: {"mean_dice": float, "dice_per_class": {name: float}}."""
-    summary = evaluate_state(run, state, run.split.validation, with_distances=False)
+    summary = evaluate_state(
+        run, state, run.split.validation, stoppable=False, with_distances=False
+    )
     if summary["mean_dice"] is None:
         raise ConfigError("the validation volumes show none of the classes; set data.validation")
     return {k: summary[k] for k in ("mean_dice", "dice_per_class")}
@@ -383,18 +481,21 @@ def finish_stage(
     started: float,
     pseudo_labels: PseudoLabels | None,
 ) -> None:
-    """Tests a stage's best checkpoint, once, and writes results.json."""
-    if best.stage in results["results"]:
+    """Tests a stage's best checkpoint, once for a number of steps, and writes results.json."""
+    num_steps = history[-1]["step"]
+    if results["results"].get(best.stage, {}).get("num_steps") == num_steps:
         return
     test = evaluate_state(
         run,
         best.state,
         run.split.test,
+        stoppable=True,
         with_distances=True,
         save_to=run.workdir / "predictions" / best.stage,
     )
     results["results"][best.stage] = {
         "test": test,
+        "num_steps": num_steps,
         "best_validation_dice": best.validation_dice,
         "validation": history,
         "pseudo_labels": pseudo_labels.report if pseudo_labels else None,
@@ -408,11 +509,14 @@ def pseudo_label_pool(
 ) -> PseudoLabels:
     """Pseudo-labels for a round: predicted by the best state, refined by the CRF, gated.
 
-    Read from disk where they are complete.
+    Read from disk where they are complete and this state's.
     """
     folder = run.workdir / "pseudo_labels" / f"round_{round_number}"
+    made_by = {"stage": best.stage, "step": int(best.state.step)}
     if (folder / "report.json").exists():
-        return load_pseudo_labels(folder, run.prepared)
+        stored = load_pseudo_labels(folder, run.prepared)
+        if stored.report["made_by"] == made_by:
+            return stored
     options = run.config.pseudo_labels
     agreements = None
     if options.min_agreement > 0:
@@ -438,6 +542,7 @@ def pseudo_label_pool(
         agreements=agreements,
         min_agreement=options.min_agreement,
         min_confidence=options.min_confidence,
+        made_by=made_by,
     )
 
 
@@ -472,13 +577,18 @@ def initial_state(run: Run, number: int) -> steps.TrainState:
     )
 
 
-def train_and_evaluate(config: ConfigDict, workdir: Path) -> dict:
+def train_and_evaluate(
+    config: ConfigDict, workdir: Path, stop_asked: Callable[[], bool] = lambda: False
+) -> dict:
     """Runs baseline and rounds, writes everything below `workdir`, returns results.json's content.
 
     Started again with the same config and workdir, it goes on where it stopped.
+
+    Raises:
+      Interrupted: `stop_asked` gave True; everything is saved.
     """
     started = time.monotonic()
-    run = start_run(config, workdir)
+    run = start_run(config, workdir, stop_asked)
     results = report.read_json(workdir / "results.json") or report.new_results(
         config, run.prepared, run.split
     )

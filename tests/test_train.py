@@ -1,5 +1,6 @@
 """The whole run, tiny: two rounds on a few phantom volumes, stopped, resumed, refused."""
 
+import itertools
 import json
 import math
 import runpy
@@ -12,6 +13,8 @@ import pytest
 
 from lclseg import checkpoint, report, train
 from lclseg.configuration import ConfigError
+from lclseg.interruption import Interrupted
+from lclseg.pseudo_labels import PseudoLabelError
 
 ROOT = Path(__file__).parents[1]
 
@@ -117,29 +120,87 @@ def test_predictions_lie_in_native_geometry(finished):
     np.testing.assert_allclose(prediction.header.get_zooms(), volume.spacing_mm, rtol=1e-6)
 
 
-@pytest.mark.parametrize("stage, number", [("baseline", 3), ("round_2", 3)])
-def test_stopped_run_goes_on_to_the_same_end(
-    finished, data_dir, tmp_path, monkeypatch, stage, number
-):
-    undisturbed, expected = finished
-    save_line = train.log_scalars
-
-    def stop(run, at_stage, step, scalars):
-        save_line(run, at_stage, step, scalars)
-        if at_stage == stage and step >= number:
-            raise KeyboardInterrupt
-
-    workdir = tmp_path / "run"
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train, "log_scalars", stop)
-        train.train_and_evaluate(tiny_config(data_dir), workdir)
-    resumed = train.train_and_evaluate(tiny_config(data_dir), workdir)
-    assert without_times(resumed) == without_times(expected)
+def assert_same_end(workdir, undisturbed):
     for name in ("baseline", "round_1", "round_2"):
         for ours, theirs in zip(
             final_params(workdir, name), final_params(undisturbed, name), strict=True
         ):
             np.testing.assert_array_equal(ours, theirs)
+    for name in ("metrics.jsonl", "pseudo_labels/round_2/report.json"):
+        assert (workdir / name).read_text() == (undisturbed / name).read_text()
+
+
+@pytest.mark.parametrize("stage, number", [("baseline", 3), ("round_2", 3)])
+def test_killed_run_goes_on_to_the_same_end(
+    finished, data_dir, tmp_path, monkeypatch, stage, number
+):
+    """Ended without notice, and half a line written."""
+    undisturbed, expected = finished
+    save_line = train.log_scalars
+    workdir = tmp_path / "run"
+
+    def stop(run, at_stage, step, scalars):
+        save_line(run, at_stage, step, scalars)
+        if at_stage == stage and step >= number:
+            with (workdir / "metrics.jsonl").open("a") as file:
+                file.write('{"stage": "base')
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "log_scalars", stop)
+        train.train_and_evaluate(tiny_config(data_dir), workdir)
+    resumed = train.train_and_evaluate(tiny_config(data_dir), workdir)
+    assert without_times(resumed) == without_times(expected)
+    assert_same_end(workdir, undisturbed)
+
+
+def test_run_asked_to_stop_again_and_again_goes_on_to_the_same_end(finished, data_dir, tmp_path):
+    """Between validations, at one, between stages, while pseudo-labels are predicted."""
+    undisturbed, expected = finished
+    places = []
+    for calls in (3, 4, 8, 11):
+        asked = itertools.count(1)
+        with pytest.raises(Interrupted) as stop:
+            train.train_and_evaluate(
+                tiny_config(data_dir),
+                tmp_path / "run",
+                lambda asked=asked, calls=calls: next(asked) >= calls,
+            )
+        places.append(str(stop.value))
+    assert places[0] == "stopped in baseline after step 3 of 6"
+    assert any("predicting" in p for p in places) and any("round_" in p for p in places)
+    resumed = train.train_and_evaluate(tiny_config(data_dir), tmp_path / "run")
+    assert without_times(resumed) == without_times(expected)
+    assert_same_end(tmp_path / "run", undisturbed)
+
+
+def test_a_run_may_become_longer(finished, data_dir, tmp_path):
+    """One round, then more baseline is refused, then the second round: as if asked for at once."""
+    undisturbed, expected = finished
+    config = tiny_config(data_dir)
+    config.rounds.num_rounds = 1
+    workdir = tmp_path / "run"
+    train.train_and_evaluate(config, workdir)
+    config.rounds.baseline_steps = 8
+    with pytest.raises(ConfigError, match=r"rounds\.baseline_steps"):
+        train.train_and_evaluate(config, workdir)
+    extended = train.train_and_evaluate(tiny_config(data_dir), workdir)
+    assert without_times(extended) == without_times(expected)
+    assert_same_end(workdir, undisturbed)
+
+
+def test_a_longer_baseline_makes_its_pseudo_labels_anew(data_dir, tmp_path):
+    config = tiny_config(data_dir)
+    config.rounds.num_rounds = 0
+    workdir = tmp_path / "run"
+    first = train.train_and_evaluate(config, workdir)
+    config.rounds.update(baseline_steps=8, num_rounds=1)
+    longer = train.train_and_evaluate(config, workdir)
+    assert [s["results"]["baseline"]["num_steps"] for s in (first, longer)] == [6, 8]
+    assert [h["step"] for h in longer["results"]["baseline"]["validation"]] == [2, 4, 6, 8]
+    (workdir / "pseudo_labels" / "round_1" / "labels.npy").write_bytes(b"something else")
+    with pytest.raises(PseudoLabelError, match="digest"):
+        train.train_and_evaluate(config, workdir)
 
 
 def test_finished_run_is_reported_not_repeated(finished, data_dir, monkeypatch):
@@ -216,8 +277,16 @@ def test_rounds_without_unlabelled_volumes_are_refused(data_dir, tmp_path):
 def test_non_finite_loss_stops_the_run(data_dir, tmp_path):
     config = tiny_config(data_dir)
     config.optimizer.learning_rate = 1e30
-    with pytest.raises(FloatingPointError, match=r"optimizer\.learning_rate"):
+    with pytest.raises(FloatingPointError, match=r"baseline, step 2: .*optimizer\.learning_rate"):
         train.train_and_evaluate(config, tmp_path / "run")
+    # The batch of the step by name, as the pipeline draws it.
+    record = json.loads((tmp_path / "run" / "non_finite.json").read_text())
+    assert record["step"] == 2 and len(record["labeled"]) == 4
+    run = train.start_run(config, tmp_path / "run")
+    records = train.batch_drawer(run, None)(1).labeled
+    first = run.prepared.volumes["phantom_000"].first_slice
+    assert record["labeled"] == [f"phantom_000, slice {r - first}" for r in records]
+    assert not list((tmp_path / "run" / "checkpoints" / "baseline").glob("[0-9]*"))
 
 
 def test_cpu_devices_divide_the_batches(monkeypatch):
