@@ -8,6 +8,7 @@ native index (o - (H - 1) / 2) * target / spacing + (X - 1) / 2; the centres of 
 and both spacings are kept exactly. The way back is the same map solved for o.
 """
 
+import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +16,9 @@ import nibabel as nib
 import numpy as np
 
 AFFINE_TOLERANCE = 1e-3
+# A header can ask for any amount of memory, and a few compressed kilobytes can fill it.
+MAX_VOXELS = 2**28  # 1024 x 1024 x 256
+MAX_HEADER_BYTES = 2**20  # with its extensions
 
 
 class VolumeError(ValueError):
@@ -37,15 +41,41 @@ class Volume(NamedTuple):
     spacing_mm: tuple[float, float, float]
 
 
+def _check_size(path: Path) -> None:
+    """Raises VolumeError where the header asks for more than `MAX_VOXELS`; reads nothing else."""
+    with nib.openers.Opener(path) as stream:
+        start = stream.read(nib.nifti2.header_dtype.itemsize)
+    for layout in (nib.nifti1.header_dtype, nib.nifti2.header_dtype):
+        for order in "<>":
+            if len(start) < layout.itemsize:
+                continue
+            header = np.frombuffer(start, layout.newbyteorder(order), count=1)[0]
+            if header["sizeof_hdr"] != layout.itemsize:
+                continue
+            shape = [int(n) for n in header["dim"][1 : 1 + max(int(header["dim"][0]), 0)]]
+            if math.prod(shape) > MAX_VOXELS or max(shape, default=0) > MAX_VOXELS:
+                raise VolumeError(
+                    f"{path}: header tells of an array of shape {tuple(shape)}; wanted at most "
+                    f"{MAX_VOXELS} voxels"
+                )
+            if not header["vox_offset"] <= MAX_HEADER_BYTES:
+                raise VolumeError(
+                    f"{path}: header tells of voxels that start at byte {header['vox_offset']}; "
+                    f"wanted at most {MAX_HEADER_BYTES}"
+                )
+
+
 def _load_3d(path: Path, channel: int | None = None) -> tuple[np.ndarray, nib.Nifti1Image]:
     try:
+        _check_size(path)
         file = nib.load(path)
         data = np.asarray(file.dataobj)
     except FileNotFoundError:
         raise VolumeError(f"{path}: no such file") from None
-    except (
-        Exception
-    ) as error:  # nibabel raises a dozen types, zlib, EOFError and OSError among them
+    except VolumeError:
+        raise
+    # nibabel raises a dozen types, zlib, EOFError and OSError among them.
+    except Exception as error:
         raise VolumeError(
             f"{path}: not readable as NIfTI ({type(error).__name__}: {error}); "
             "the file is damaged or of another format: copy or download it again"
@@ -81,18 +111,28 @@ def read_image(path: Path, *, channel: int | None = None) -> Volume:
       channel: which one of a 4-D file (X Y S channels) is the image; None: the file is 3-D.
 
     Raises:
-      VolumeError: unreadable, not 3-D, NaN or infinite or constant voxels, spacing not positive.
+      VolumeError: unreadable, larger than `MAX_VOXELS`, not 3-D, NaN or infinite or constant
+        voxels, spacing not positive, affine singular. One line a problem.
     """
     data, file = _load_3d(path, channel)
-    image = data.astype(np.float32)
+    with np.errstate(over="ignore"):
+        image = data.astype(np.float32)
+    problems = []
     if not np.isfinite(image).all():
         bad = int((~np.isfinite(image)).sum())
-        raise VolumeError(f"{path}: {bad} voxels are NaN or infinite; wanted finite intensities")
-    if image.min() == image.max():
-        raise VolumeError(f"{path}: every voxel is {image.flat[0]:g}; wanted an image")
+        problems.append(f"{path}: {bad} voxels are NaN or infinite; wanted finite intensities")
+    elif image.min() == image.max():
+        problems.append(f"{path}: every voxel is {image.flat[0]:g}; wanted an image")
     spacing_mm = _stored_spacing(path, file)
     if not all(np.isfinite(s) and s > 0 for s in spacing_mm):
-        raise VolumeError(f"{path}: voxel spacing is {spacing_mm} mm; wanted positive numbers")
+        problems.append(f"{path}: voxel spacing is {spacing_mm} mm; wanted positive numbers")
+    if not np.isfinite(file.affine).all() or np.linalg.det(file.affine[:3, :3]) == 0:
+        problems.append(
+            f"{path}: the affine does not span a volume; wanted a header that tells where voxels "
+            "lie"
+        )
+    if problems:
+        raise VolumeError("\n".join(problems))
     return Volume(image, None, np.asarray(file.affine, np.float64), spacing_mm)
 
 
@@ -140,13 +180,17 @@ def read_label(path: Path, image: Volume, image_path: Path, *, num_classes: int)
       VolumeError: unreadable, shape or affine not the image's, values not in 0..C-1.
     """
     data = read_raw_label(path, image, image_path)
-    values = np.unique(data)
-    if not np.isin(values, np.arange(num_classes)).all():
-        odd = ", ".join(f"{v:g}" for v in values[~np.isin(values, np.arange(num_classes))][:8])
-        raise VolumeError(
-            f"{path}: found label values {odd}; wanted whole numbers 0..{num_classes - 1}"
-        )
+    check_label_values(path, data, num_classes - 1)
     return data.astype(np.uint8)
+
+
+def check_label_values(path: Path, label: np.ndarray, highest: int) -> None:
+    """Raises VolumeError, naming up to 8 of them, where values are not whole numbers 0..highest."""
+    values = np.unique(label)
+    odd = values[~np.isin(values, np.arange(highest + 1))]
+    if odd.size:
+        named = ", ".join(f"{v:g}" for v in odd[:8])
+        raise VolumeError(f"{path}: found label values {named}; wanted whole numbers 0..{highest}")
 
 
 def write_label(path: Path, label: np.ndarray, affine: np.ndarray, spacing_mm) -> None:

@@ -1,0 +1,65 @@
+"""Which files of a folder are images, and which label belongs to which; no file is opened."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+SUFFIXES = (".nii.gz", ".nii")
+
+
+class Files(NamedTuple):
+    """An image and its label; `label` is None for a case without one."""
+
+    case_id: str
+    image: Path
+    label: Path | None
+
+
+def find_files(folder: Path) -> list[Files]:
+    """The cases of a folder, by id.
+
+    Layouts, the first that fits:
+      images/NAME.nii.gz, labels/NAME.nii.gz
+      imagesTr/NAME[_0000].nii.gz, labelsTr/NAME.nii.gz, imagesTs/NAME[_0000].nii.gz (Medical
+        Segmentation Decathlon, nnU-Net)
+      NAME.nii.gz, NAME_gt.nii.gz, here or in folders below (ACDC)
+
+    Files whose name begins with a dot are not looked at. A case without a label file is unlabelled.
+    """
+    for images, labels in (("images", "labels"), ("imagesTr", "labelsTr")):
+        if (folder / images).is_dir():
+            label_of = {_stem(p): p for p in _niftis(folder / labels)}
+            found = [
+                Files(_case_id(p), p, label_of.get(_case_id(p)))
+                for part in (images, "imagesTs" if images == "imagesTr" else None)
+                if part
+                for p in _niftis(folder / part)
+            ]
+            return sorted(found)
+    everything = [
+        p for p in sorted(folder.rglob("*")) if p.name.endswith(SUFFIXES) and _visible(p, folder)
+    ]
+    label_of = {p.parent / _stem(p).removesuffix("_gt"): p for p in everything if _is_label(p)}
+    images = [p for p in everything if not _is_label(p)]
+    return sorted(Files(_stem(p), p, label_of.get(p.parent / _stem(p))) for p in images)
+
+
+def _niftis(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    return [p for p in sorted(folder.iterdir()) if p.name.endswith(SUFFIXES) and p.name[0] != "."]
+
+
+def _visible(path: Path, folder: Path) -> bool:
+    return not any(part.startswith(".") for part in path.relative_to(folder).parts)
+
+
+def _stem(path: Path) -> str:
+    return path.name.removesuffix(".gz").removesuffix(".nii")
+
+
+def _case_id(image: Path) -> str:
+    return _stem(image).removesuffix("_0000")
+
+
+def _is_label(path: Path) -> bool:
+    return _stem(path).endswith("_gt")
