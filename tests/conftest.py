@@ -14,7 +14,20 @@ _CACHE = tempfile.TemporaryDirectory(prefix="lclseg-test-cache-")
 jax.config.update("jax_compilation_cache_dir", _CACHE.name)
 
 
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="run the tests that take minutes, too")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--slow"):
+        skip = pytest.mark.skip(reason="takes minutes; --slow runs it")
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(skip)
+
+
 def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes minutes; skipped without --slow")
     config.addinivalue_line(
         "markers", "real_data: reads files outside the repository; skipped where they are absent"
     )
