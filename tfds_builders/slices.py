@@ -6,6 +6,7 @@ label included, so that training and evaluation need the prepared set only.
 """
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import json
@@ -193,6 +194,22 @@ def _prepare(
     ]
 
 
+@contextlib.contextmanager
+def _one_thread_per_worker() -> Iterator[None]:
+    """NumPy of processes started in here uses one thread: with a worker a core, more only wait."""
+    names = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update({name: "1" for name in names})
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
 def generate_examples(
     builder: tfds.core.DatasetBuilder,
     cases: Sequence[Case],
@@ -228,7 +245,8 @@ def generate_examples(
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
         try:
-            prepared = pool.map(prepare, cases)
+            with _one_thread_per_worker():
+                prepared = pool.map(prepare, cases)  # starts the workers
             for examples in tqdm(prepared, "preparing volumes", len(cases), disable=None):
                 pixels = [np.bincount(e["label"].ravel(), minlength=num_classes) for e in examples]
                 metadata["volumes"].append(

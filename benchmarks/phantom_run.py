@@ -1,0 +1,69 @@
+"""A real run of lclseg on synthetic volumes, stopped where training would begin.
+
+Everything is what `python -m lclseg.main` would use: config, prepared set, compiled steps, batches.
+The pseudo-labels are the ground truth, written as a round's would be.
+"""
+
+import runpy
+from pathlib import Path
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from benchmarks.harness import ROOT
+
+FIELD_MM = 128  # of the grid, in-plane
+
+
+def config(folder: Path, *, size: int, num_volumes: int, num_cpu_devices: int) -> ConfigDict:
+    """The paper's model, losses and batches on `num_volumes` phantoms at `size` px.
+
+    One volume each is labelled, for validation and for the test; the rest is the unlabelled pool.
+    """
+    get_config = runpy.run_path(str(ROOT / "configs" / "default.py"))["get_config"]
+    result = get_config()
+    result.num_cpu_devices = num_cpu_devices
+    data = result.data
+    data.name, data.data_dir = "phantom", str(folder / "data")
+    data.image_size, data.target_spacing_mm = size, FIELD_MM / size
+    ids = [f"phantom_{i:03d}" for i in range(num_volumes)]
+    data.labeled, data.validation, data.test = (ids[0],), (ids[1],), (ids[2],)
+    data.unlabeled = tuple(ids[3:])
+    return result
+
+
+def set_num_volumes(num_volumes: int) -> None:
+    """The phantom builder makes so many volumes from here on."""
+    from tfds_builders.phantom import phantom_dataset_builder as builder
+
+    cases = builder.find_cases(num_volumes)
+    builder.find_cases = lambda: cases
+
+
+def start(config: ConfigDict, workdir: Path, *, num_volumes: int):
+    """(run, make_batch): `train.start_run`, and a function step -> sharded joint batch."""
+    from lclseg import train
+    from lclseg.pseudo_labels import PseudoLabels
+
+    set_num_volumes(num_volumes)
+    run = train.start_run(config, workdir)
+    entries = [run.prepared.volumes[v] for v in run.split.unlabeled]
+    records = np.concatenate([np.arange(e.slices.start, e.slices.stop) for e in entries])
+    shape = (len(records), config.data.image_size, config.data.image_size)
+    path = workdir / "labels.npy"
+    if not path.exists():
+        labels = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
+        row = 0
+        for entry in entries:  # volume by volume: memory must not grow with the set
+            labels[row : row + len(entry.slices)] = run.prepared.read_slices(entry.slices)[1]
+            row += len(entry.slices)
+        labels.flush()
+    pseudo_labels = PseudoLabels(
+        folder=workdir,
+        records=records,
+        labels=np.load(path, mmap_mode="r"),
+        class_pixels=np.concatenate([e.class_pixels for e in entries]),
+        report={},
+    )
+    draw = train.batch_drawer(run, pseudo_labels)
+    return run, lambda step: train.read_batch(run, pseudo_labels, draw(step))

@@ -1,0 +1,158 @@
+"""From NIfTI files to the prepared set, without N4: lclseg against skimage slice by slice.
+
+lclseg's `open_prepared` on synthetic volumes in the Decathlon's layout: read, normalise, resample,
+crop, write a set that training reads at random, native labels included. The peer is the usual
+script: nibabel, percentiles, `skimage.transform.rescale` for each slice, crop or pad, one .npz
+file per volume; once in one process, once in a pool of as many processes as lclseg uses. The grids
+of both coincide, so that their slices can be compared; that is done before the timing.
+"""
+
+import concurrent.futures
+import functools
+import json
+import multiprocessing
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks import harness
+
+# Their ratio puts no sampling point midway between two pixels, and both grids about one centre.
+SPACING_MM, TARGET_MM = 1.0, 1.25
+SHAPE = (240, 280, 10)
+
+
+def write_volumes(folder: Path, num_volumes: int) -> None:
+    """The Decathlon's layout of hippocampus: images int16, labels 0..2, compressed."""
+    import nibabel as nib
+
+    listing = []
+    for n in range(num_volumes):
+        rng = np.random.default_rng(n)
+        grid = np.stack(np.meshgrid(*map(np.arange, SHAPE), indexing="ij"), -1) / SHAPE
+        radius = np.linalg.norm((grid - rng.uniform(0.4, 0.6, 3)) * (1, 1, 0.5), axis=-1)
+        label = (radius < 0.2).astype(np.uint8) + (radius < 0.1)
+        image = (300.0 + 200.0 * label + 50 * rng.standard_normal(SHAPE)).astype(np.int16)
+        names = {"image": f"imagesTr/case_{n:03d}.nii.gz", "label": f"labelsTr/case_{n:03d}.nii.gz"}
+        for kind, data in (("image", image), ("label", label)):
+            path = folder / names[kind]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = nib.Nifti1Image(data, np.diag([SPACING_MM, SPACING_MM, 8.0, 1.0]))
+            nib.save(file, path)
+        listing.append(names)
+    (folder / "dataset.json").write_text(json.dumps({"training": listing}))
+
+
+def rescale_volume(names: dict[str, str], *, folder: Path, output: Path, size: int) -> None:
+    """One volume of the peer."""
+    import nibabel as nib
+    from skimage.transform import rescale
+
+    image = nib.load(folder / names["image"])
+    scale = np.array(image.header.get_zooms()[:2]) / TARGET_MM
+    label = np.asarray(nib.load(folder / names["label"]).dataobj)
+    image = image.get_fdata(dtype=np.float32)
+    low, high = np.percentile(image, (1, 99))
+    image = (image - low) / (high - low)
+    images, labels = [], []
+    options = {"preserve_range": True, "anti_aliasing": False, "mode": "edge"}
+    for s in range(image.shape[2]):
+        one = rescale(image[..., s], scale, order=1, **options)
+        images.append(crop_or_pad(one, size).astype(np.float32))
+        one = rescale(label[..., s], scale, order=0, **options)
+        labels.append(crop_or_pad(one, size).astype(np.uint8))
+    np.savez(output / Path(names["image"]).name, image=np.stack(images), label=np.stack(labels))
+
+
+def crop_or_pad(x: np.ndarray, size: int) -> np.ndarray:
+    """[X, Y] -> [size, size] about the centre."""
+    for axis, length in enumerate(x.shape):
+        extra = size - length
+        if extra > 0:
+            width = [(0, 0), (0, 0)]
+            width[axis] = (extra // 2, extra - extra // 2)
+            x = np.pad(x, width)
+        else:
+            x = np.take(x, range(-extra // 2, -extra // 2 + size), axis=axis)
+    return x
+
+
+def serve_ours(folder: Path, size: int) -> None:
+    import absl.logging
+
+    from lclseg.prepared import open_prepared
+
+    absl.logging.set_verbosity(absl.logging.ERROR)  # as in a run: TFDS logs by the page
+    opened = {}
+
+    def run() -> float:
+        with tempfile.TemporaryDirectory() as data_dir:
+            options = {"data_dir": data_dir, "manual_dir": str(folder)}
+
+            def work():
+                opened["set"] = open_prepared(
+                    "hippocampus", image_size=size, target_spacing_mm=TARGET_MM, **options
+                )
+
+            seconds = harness.timed(work)
+            first = next(iter(opened["set"].volumes.values()))
+            image, label = opened["set"].read_slices(first.slices)
+        np.savez(folder / "ours.npz", image=image, label=label)
+        return seconds
+
+    harness.serve(run)
+
+
+def main() -> None:
+    parser = harness.parser(__doc__, repeats=3)
+    parser.add_argument("--volumes", type=int, default=60, help="of 10 slices, 240 x 280")
+    parser.add_argument("--size", type=int, default=192, help="px")
+    parser.add_argument("--worker", type=Path, help="of a worker: folder of the volumes")
+    args = parser.parse_args()
+    if args.worker:
+        return serve_ours(args.worker, args.size)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_volumes(folder, args.volumes)
+        cases = json.loads((folder / "dataset.json").read_text())["training"]
+        output = folder / "output"
+        output.mkdir()
+        one = functools.partial(rescale_volume, folder=folder, output=output, size=args.size)
+        arguments = ("--worker", folder, "--size", args.size)
+        context = multiprocessing.get_context("spawn")
+        with (
+            harness.Worker("benchmarks.preprocess", *arguments, cores=args.threads) as ours,
+            concurrent.futures.ProcessPoolExecutor(args.threads, context) as pool,
+        ):
+            ours.ask("run")
+            one(cases[0])
+            expected = np.load(output / (Path(cases[0]["image"]).name + ".npz"))
+            found = np.load(folder / "ours.npz")
+            harness.check("image", float(np.abs(found["image"] - expected["image"]).max()), 1e-4)
+            harness.check("label", float(np.mean(found["label"] != expected["label"])), 0.0)
+            peers = {
+                "lclseg": lambda: ours.ask("run"),
+                "skimage, 1 process": lambda: harness.timed(lambda: list(map(one, cases))),
+                f"skimage, {args.threads} processes": lambda: harness.timed(
+                    lambda: list(pool.map(one, cases))
+                ),
+            }
+            seconds = harness.alternate(peers, args.repeats)
+    num_slices = args.volumes * SHAPE[2]
+    rows = [
+        {
+            "peer": name,
+            "slices/s": num_slices / value,
+            "seconds": value,
+            "lclseg / peer, speed": value / seconds["lclseg"],
+        }
+        for name, value in seconds.items()
+    ]
+    title = f"Preparation, {args.volumes} volumes {SHAPE} to {args.size} px, {args.threads} cores"
+    harness.report(title, rows, args.json)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
