@@ -77,20 +77,24 @@ def read_json(path: Path) -> dict | None:
 
 
 def table(results: dict) -> str:
-    """Baseline and rounds on the test volumes, as aligned text.
+    """What a run found, as aligned text: stages on the test volumes, then pseudo-labels by round.
 
-    Columns: validation and test Dice, gain over the baseline, Dice per class, HD95 and ASSD in mm,
-    class-volume pairs missed, Dice of the round's pseudo-labels where ground truth is hidden.
+    Stages: validation and test Dice, gain over the baseline, Dice per class, HD95 and ASSD in mm,
+    class-volume pairs missed. Pseudo-labels: volumes used, rejected by the gate, empty; mean
+    confidence; Dice with the round before and, where ground truth is hidden, with the truth.
     """
     classes = results["class_names"]
-    head = ["stage", "val Dice", "test Dice", "gain", *classes, "HD95 mm", "ASSD mm", "missed"]
-    head.append("pseudo Dice")
-    rows = []
+    stages = [
+        ["stage", "val Dice", "test Dice", "gain", *classes, "HD95 mm", "ASSD mm", "missed"],
+    ]
+    pseudo = [
+        ["trained on", "volumes", "rejected", "empty", "confidence", "Dice before", "true Dice"],
+    ]
+    notes = []
     baseline = results["results"]["baseline"]["test"]["mean_dice"]
     for stage, result in results["results"].items():
         test = result["test"]
-        pseudo = result["pseudo_labels"]
-        rows.append(
+        stages.append(
             [
                 stage + (" *" if stage == results.get("chosen") else ""),
                 _number(result["best_validation_dice"], ".4f"),
@@ -100,19 +104,41 @@ def table(results: dict) -> str:
                 _number(test["mean_hausdorff95_mm"], ".2f"),
                 _number(test["mean_assd_mm"], ".2f"),
                 str(test["n_missed"]),
-                _number(pseudo["true_mean_dice"], ".4f") if pseudo else "",
             ]
         )
-    widths = [max(len(r[i]) for r in [head, *rows]) for i in range(len(head))]
-    lines = ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)) for r in [head, *rows]]
-    lines.insert(1, "  ".join("-" * w for w in widths))
+        labels = result["pseudo_labels"]
+        if labels is None:
+            continue
+        pseudo.append(
+            [
+                stage,
+                str(labels["num_volumes"]),
+                str(len(labels["gate"]["rejected"])) if labels["gate"] else "-",
+                str(len(labels["empty_volumes"])),
+                _number(labels["mean_confidence"], ".3f"),
+                _number(labels["dice_with_previous_round"], ".4f"),
+                _number(labels["true_mean_dice"], ".4f"),
+            ]
+        )
+        notes += [f"{stage}: {warning}" for warning in labels["warnings"]]
     volumes = results["volumes"]
     caption = (
         f"{results['dataset']}: {len(volumes['labeled'])} labelled, {len(volumes['unlabeled'])} "
         f"unlabelled, {len(volumes['validation'])} validation, {len(volumes['test'])} test "
         f"volumes; split {results['split']}, seed {results['seed']}; * best on validation"
     )
-    return "\n".join([results["description"], caption, "", *(line.rstrip() for line in lines)])
+    parts = [f"{results['description']}\n{caption}", _aligned(stages)]
+    if len(pseudo) > 1:
+        parts.append("\n".join(["Pseudo-labels", _aligned(pseudo), *notes]))
+    return "\n\n".join(parts)
+
+
+def _aligned(rows: list[list[str]]) -> str:
+    """Rows of cells as columns, a rule under the first row."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    rows = [rows[0], ["-" * w for w in widths], *rows[1:]]
+    lines = ("  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)) for r in rows)
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def _number(value: float | None, spec: str) -> str:

@@ -158,7 +158,7 @@ def test_run_asked_to_stop_again_and_again_goes_on_to_the_same_end(finished, dat
     """Between validations, at one, between stages, while pseudo-labels are predicted."""
     undisturbed, expected = finished
     places = []
-    for calls in (3, 4, 8, 11):
+    for calls in (3, 4, 8, 3):
         asked = itertools.count(1)
         with pytest.raises(Interrupted) as stop:
             train.train_and_evaluate(
@@ -307,9 +307,50 @@ def test_table_shows_each_stage(finished):
     lines = text.splitlines()
     assert lines[0].startswith("SYNTHETIC")
     assert "1 labelled, 3 unlabelled, 2 validation, 2 test volumes" in lines[1]
-    assert [line.split()[0] for line in lines[5:]] == ["baseline", "round_1", "round_2"]
-    for line, stage in zip(lines[5:], results["results"].values(), strict=True):
+    assert [line.split()[0] for line in lines[5:8]] == ["baseline", "round_1", "round_2"]
+    for line, stage in zip(lines[5:8], results["results"].values(), strict=True):
         assert f"{stage['test']['mean_dice']:.4f}" in line
+    assert lines[9] == "Pseudo-labels"
+    for line, name in zip(lines[12:14], ("round_1", "round_2"), strict=True):
+        labels = labels_of(results, name)
+        assert line.split()[:3] == [name, "3", "-"]
+        assert line.endswith(f"{labels['true_mean_dice']:.4f}")
+    warnings = [w for s in ("round_1", "round_2") for w in labels_of(results, s)["warnings"]]
+    assert lines[14:] and len(lines[14:]) == len(warnings)
+
+
+def labels_of(results, stage):
+    return results["results"][stage]["pseudo_labels"]
+
+
+def test_gate_in_a_run(data_dir, tmp_path, monkeypatch):
+    config = tiny_config(data_dir)
+    config.rounds.num_rounds = 1
+    config.pseudo_labels.min_agreement = 0.9
+    seen = []
+
+    def agreement(rng, predict, image):
+        assert predict(image).shape == (*image.shape, 4)
+        seen.append(rng.random())
+        return agreements[len(seen) - 1]
+
+    monkeypatch.setattr(train.consistency, "agreement", agreement)
+    agreements = [0.1, 0.9, 0.2]
+    with pytest.raises(PseudoLabelError, match=r"above 0\.9 .*pseudo_labels\.min_agreement"):
+        train.train_and_evaluate(config, tmp_path / "run")
+    assert len(set(seen)) == 3  # each volume draws for itself
+    assert list(report.read_json(tmp_path / "run" / "results.json")["results"]) == ["baseline"]
+    # Predicted anew by the same command.
+    seen.clear()
+    agreements = [0.1, 0.95, 0.91, 0.5, 0.5, 0.5]
+    results = train.train_and_evaluate(config, tmp_path / "run")
+    labels = labels_of(results, "round_1")
+    assert labels["volume_ids"] == ["phantom_011", "phantom_012"]
+    assert labels["gate"]["rejected"] == ["phantom_010"]
+    # The finished model's own: none passes, so these stay.
+    after = report.read_json(tmp_path / "run" / "pseudo_labels" / "round_2" / "report.json")
+    assert after["volume_ids"] == labels["volume_ids"]
+    assert "above 0.9" in after["kept_previous"]
 
 
 def test_predictions_pass_through_the_refinement(finished, data_dir, tmp_path):
