@@ -93,6 +93,9 @@ def get_config() -> ConfigDict:
     rounds.steps_per_round = 5000
     rounds.baseline_from = ""  # workdir of a run whose finished baseline this run takes over
     rounds.eval_every = 50  # steps between validations
+    # Training batches from which BatchNorm's statistics are re-estimated before each validation.
+    # 0: running averages, which lag by 100 steps and, with ema_decay, belong to other weights.
+    rounds.calibration_batches = 0
     rounds.fresh_heads = True  # joint training starts both heads afresh
 
     log = config.log = ConfigDict()

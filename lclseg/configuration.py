@@ -42,6 +42,7 @@ NOT_NEGATIVE = (
     "crf.spatial_weight",
     "crf.bilateral_weight",
     "rounds.num_rounds",
+    "rounds.calibration_batches",
 )
 # Prefixes of the keys that the baseline does not depend on.
 JOINT_ONLY = (

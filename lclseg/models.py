@@ -56,6 +56,9 @@ def upsample_conv(x: Array, kernel: Array) -> Array:
     return interleave(rows[0], rows[1], axis=2).reshape(b, 2 * h, 2 * w, g)
 
 
+BATCH_NORM_MOMENTUM = 0.99  # of the running statistics
+
+
 class UpsampleConv(nn.Module):
     """Nearest upsampling x 2 and a 2 x 2 convolution without bias."""
 
@@ -92,7 +95,7 @@ class ConvBlock(nn.Module):
             )(x)
         x = nn.BatchNorm(
             use_running_average=not train,
-            momentum=0.99,
+            momentum=BATCH_NORM_MOMENTUM,
             epsilon=1e-3,
             dtype=self.dtype,
             # During initialisation there is no device axis to average over.

@@ -21,7 +21,7 @@ import numpy as np
 import optax
 
 from lclseg import augment, losses
-from lclseg.models import UNet
+from lclseg.models import BATCH_NORM_MOMENTUM, UNet
 
 Array = jax.Array
 
@@ -395,6 +395,41 @@ def train_step(
         ema_params=ema_params,
     )
     return new_state, metrics
+
+
+def batch_statistics(
+    state: TrainState,
+    batch: dict[str, Array],
+    key: Array,
+    *,
+    model: UNet,
+    loss_options: LossOptions,
+    augment_options: AugmentOptions,
+    axis_name: str | None = None,
+) -> Any:
+    """BatchNorm's statistics of one training batch under the averaged weights.
+
+    Their mean over some batches takes the place of the running statistics, which lag behind by 100
+    steps and were gathered under other weights (Izmailov et al., *Averaging weights leads to wider
+    optima*, 2018: an average of weights needs statistics of its own).
+
+    Args:
+      state, batch, model, loss_options, augment_options, axis_name: as in `train_step`.
+      key: of the batch's augmentation.
+
+    Returns:
+      A tree like `state.batch_stats`; what the batch does not reach is that of `state`.
+    """
+    batch = augment_batch(key, batch, augment_options, axis_name)
+    zeros = jax.tree.map(jnp.zeros_like, state.batch_stats)
+    _, _, updated = _forward(model, state.ema_params, zeros, batch, loss_options)
+    # From zero, a running statistic has moved by 1 - momentum of the batch's.
+    found = jax.tree.map(lambda x: x / (1 - BATCH_NORM_MOMENTUM), updated)
+    return found if "pair_image" in batch else {**found, **_projection(state.batch_stats)}
+
+
+def _projection(tree: dict) -> dict:
+    return {k: v for k, v in tree.items() if k == "projection_head"}
 
 
 def predict_step(state: TrainState, images: Array, *, model: UNet) -> Array:

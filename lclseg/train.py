@@ -74,6 +74,7 @@ class Run:
       key: the run's random key.
       optimizers: by stage kind, "baseline" and "joint".
       train_steps: likewise, compiled over devices: (state, batch, key) -> (state, metrics).
+      batch_statistics: (replicated state, batch, key) -> statistics, compiled.
       predict: (replicated state, images [N, M, H, W]) -> probs [N, M, H, W, C], compiled.
       stop_asked: whether the run shall stop as soon as nothing is lost.
     """
@@ -86,6 +87,7 @@ class Run:
     key: jax.Array
     optimizers: dict[str, optax.GradientTransformation]
     train_steps: dict[str, Callable]
+    batch_statistics: Callable
     predict: Callable
     stop_asked: Callable[[], bool]
 
@@ -148,18 +150,19 @@ def start_run(
         "baseline": make_optimizer(config.optimizer, config.rounds.baseline_steps),
         "joint": make_optimizer(config.optimizer, config.rounds.steps_per_round),
     }
-    loss_options = steps.LossOptions(**config.loss)
-    augment_options = steps.AugmentOptions(**config.augment)
+    options = {
+        "model": model,
+        "loss_options": steps.LossOptions(**config.loss),
+        "augment_options": steps.AugmentOptions(**config.augment),
+        "axis_name": AXIS,
+    }
 
     def compiled(optimizer):
         step = functools.partial(
             steps.train_step,
-            model=model,
             optimizer=optimizer,
-            loss_options=loss_options,
-            augment_options=augment_options,
             ema_decay=config.optimizer.ema_decay,
-            axis_name=AXIS,
+            **options,
         )
         return jax.pmap(step, axis_name=AXIS, in_axes=(0, 0, None), donate_argnums=(0,))
 
@@ -173,6 +176,11 @@ def start_run(
         key=jax.random.key(config.seed),
         optimizers=optimizers,
         train_steps={kind: compiled(o) for kind, o in optimizers.items()},
+        batch_statistics=jax.pmap(
+            functools.partial(steps.batch_statistics, **options),
+            axis_name=AXIS,
+            in_axes=(0, 0, None),
+        ),
         predict=jax.pmap(functools.partial(steps.predict_step, model=model)),
         stop_asked=stop_asked,
     )
@@ -371,17 +379,16 @@ def fit(
         else:
             latest = state
 
+        def read(step):
+            return read_batch(run, pseudo_labels, draw(step))
+
         def save(dice):
             progress = {"validation": history, "labels_sha256": digest}
             checkpoint.save(manager, number, current, progress, dice)
 
         report.forget_lines(run.workdir / "metrics.jsonl", stage, after_step=done)
         replicated = replicate(latest)
-        batches = input_pipeline.read_ahead(
-            lambda step: read_batch(run, pseudo_labels, draw(step)),
-            first_step + done,
-            first_step + num_steps,
-        )
+        batches = input_pipeline.read_ahead(read, first_step + done, first_step + num_steps)
         bar = tqdm(batches, stage, num_steps, initial=done, unit="step", disable=None)
         unchecked = {}  # step: metrics, still on the device
         for number, batch in enumerate(bar, start=done + 1):
@@ -398,6 +405,10 @@ def fit(
             if not (validate_now or stop_now):
                 continue
             current = flax.jax_utils.unreplicate(replicated)
+            if validate_now and rounds.calibration_batches:
+                last = first_step + number
+                some = range(max(first_step, last - rounds.calibration_batches), last)
+                current = calibrate(run, replicated, {s: read(s) for s in some})
             if validate_now:
                 dice = validate(run, current)
                 history.append({"step": number, **dice})
@@ -413,6 +424,16 @@ def fit(
     score = next(h["mean_dice"] for h in history if h["step"] == best_step)
     logger.info("%s: best validation Dice %.4f at step %d", stage, score, best_step)
     return Best(best, score, stage), history
+
+
+def calibrate(run: Run, replicated: steps.TrainState, batches: dict[int, dict]) -> steps.TrainState:
+    """The state with BatchNorm's statistics re-estimated from batches (by step), unreplicated."""
+    found = [
+        run.batch_statistics(replicated, batch, jax.random.fold_in(run.key, step))
+        for step, batch in batches.items()
+    ]
+    mean = jax.tree.map(lambda *x: sum(x) / len(x), *found)
+    return flax.jax_utils.unreplicate(replicated.replace(batch_stats=mean))
 
 
 def check_finite(

@@ -553,3 +553,41 @@ def test_segmentation_loss_names_what_does_not_fit(options, message):
         steps.segmentation_loss(
             jnp.zeros((1, 2, 2, 3)), jnp.zeros((1, 2, 2), int), LOSS._replace(**options)
         )
+
+
+@pytest.mark.parametrize("num_devices", [1, 4])
+def test_batch_statistics_are_those_of_the_batch(num_devices, monkeypatch):
+    """The first BatchNorm's, by NumPy: mean and variance of the first convolution's output."""
+    monkeypatch.setattr(steps, "augment_batch", one_contrast)
+    state, batch = make_state(), make_batch()
+    statistics = jax.pmap(
+        functools.partial(
+            steps.batch_statistics,
+            model=make_model(AXIS),
+            loss_options=LOSS,
+            augment_options=None,
+            axis_name=AXIS,
+        ),
+        axis_name=AXIS,
+        in_axes=(0, 0, None),
+        devices=jax.local_devices()[:num_devices],
+    )(replicate(state, num_devices), shard(batch, num_devices), jax.random.key(0))
+    assert jax.tree.structure(statistics) == jax.tree.structure(state.batch_stats)
+    first, *_ = sorted(
+        jax.tree_util.keystr(p) for p, _ in leaves_of(statistics) if "trunk" in str(p)
+    )
+    images = np.concatenate([batch["image"], batch["pair_image"].reshape(-1, SIZE, SIZE)])
+    kernel = next(
+        v for p, v in leaves_of(state.ema_params) if v.ndim == 4 and v.shape[:3] == (3, 3, 1)
+    )
+    out = jax.lax.conv_general_dilated(
+        images[..., None], kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    found = {jax.tree_util.keystr(p): np.asarray(v[0]) for p, v in leaves_of(statistics)}
+    key = first.rsplit("[", 1)[0]
+    np.testing.assert_allclose(found[f"{key}['mean']"], out.mean((0, 1, 2)), rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(found[f"{key}['var']"], out.var((0, 1, 2)), rtol=1e-3, atol=1e-5)
+
+
+def leaves_of(tree):
+    return jax.tree_util.tree_leaves_with_path(tree)
