@@ -33,6 +33,7 @@ BASE = {
     "rounds.baseline_steps": 400,
     "rounds.steps_per_round": 100,
     "rounds.eval_every": 50,
+    "rounds.calibration_batches": 10,
     "rounds.fresh_heads": False,
 }
 EVERY_PIXEL = {"loss.pixels_per_class": 0}

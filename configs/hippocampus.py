@@ -97,5 +97,6 @@ def get_config() -> ConfigDict:
     config.optimizer.ema_decay = 0.98
     config.rounds.baseline_steps = 600
     config.rounds.steps_per_round = 200
+    config.rounds.calibration_batches = 10
     config.rounds.fresh_heads = False  # too few steps to learn a head anew
     return config
