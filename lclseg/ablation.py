@@ -1,8 +1,8 @@
-"""python -m lclseg.ablation --sweep=configs/ablation_hippocampus.py [--manual_dir=FOLDER]
+"""python -m lclseg.ablation --sweep=configs/ablations/hippocampus.py [--manual_dir=FOLDER]
 
 A table of experiments: rows (overrides of one config) x pairs (split, seed). A sweep file defines
 
-  CONFIG  name of the config file beside it
+  CONFIG  path of the config file, from the sweep file
   PAIRS   ((split, seed), ...)
   BASE    {"group.field": value, ...} for every row
   ROWS    {row name: {"group.field": value, ...}}; the first row is the one to compare with
@@ -28,7 +28,7 @@ from scipy import stats
 
 from lclseg.configuration import JOINT_ONLY, differing_keys
 
-_SWEEP = flags.DEFINE_string("sweep", None, "Sweep file, e.g. configs/ablation_hippocampus.py.")
+_SWEEP = flags.DEFINE_string("sweep", None, "Sweep file, e.g. configs/ablations/hippocampus.py.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the runs; default runs/<sweep>.")
 _RESULTS = flags.DEFINE_string(
     "results", None, "Folder of what the table is made from; default results/<sweep>."

@@ -167,7 +167,7 @@ def test_results_of_another_config_are_refused(sweep, trained, tmp_path):
         ablation.read_results(folder, changed)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("ablation_*.py")), ids=str)
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "ablations").glob("*.py")), ids=str)
 def test_sweeps_of_the_repository(path):
     """Each row can be run, and trains for as many steps as every other."""
     from lclseg.configuration import check_config

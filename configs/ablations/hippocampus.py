@@ -1,11 +1,11 @@
 """What each part is worth on hippocampus, 64 x 64, 2 labelled volumes: a sweep for lclseg.ablation.
 
-  python -m lclseg.ablation --sweep=configs/ablation_hippocampus.py --manual_dir=Task04_Hippocampus
+  python -m lclseg.ablation --sweep=configs/ablations/hippocampus.py --manual_dir=Task04_Hippocampus
 
 The same number of optimiser steps in every row; each joint row shares the baseline of its pair.
 """
 
-CONFIG = "hippocampus.py"
+CONFIG = "../hippocampus.py"
 PAIRS = (("c1", 0), ("c2", 1), ("c3", 2))
 BASE = {
     "data.labeled_batch_size": 8,

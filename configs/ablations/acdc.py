@@ -1,13 +1,13 @@
 """What each part is worth on ACDC, 96 x 96, 1 labelled volume: a sweep for lclseg.ablation.
 
-  python -m lclseg.ablation --sweep=configs/ablation_acdc.py --manual_dir=ACDC/training
+  python -m lclseg.ablation --sweep=configs/ablations/acdc.py --manual_dir=ACDC/training
 
 A short schedule that two CPU cores can afford; the same number of optimiser steps in every row.
 The test patients are in none of the paper's lists, so that the paper's own test patients stay
 unseen.
 """
 
-CONFIG = "acdc.py"
+CONFIG = "../acdc.py"
 PAIRS = (("c1", 0), ("c2", 1), ("c3", 2))
 BASE = {
     "data.image_size": 96,
