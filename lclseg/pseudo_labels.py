@@ -109,6 +109,8 @@ def make_pseudo_labels(
 
     records = _records(prepared, ids)
     folder.mkdir(parents=True, exist_ok=True)
+    # A report of earlier labels must not stand beside half-written ones.
+    (folder / "report.json").unlink(missing_ok=True)
     size = prepared.image_size
     labels = np.lib.format.open_memmap(
         folder / "labels.npy", mode="w+", dtype=np.uint8, shape=(len(records), size, size)

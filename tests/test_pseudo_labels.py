@@ -278,6 +278,11 @@ def test_an_interrupted_round_is_not_complete(tmp_path):
         make(tmp_path / "round", predict=fails_later, batch_size=2)
     assert not (tmp_path / "round" / "report.json").exists()
     np.testing.assert_array_equal(make(tmp_path / "round").labels, EXPECTED)
+    # Made anew in place of complete ones, and stopped: no longer complete.
+    calls.clear()
+    with pytest.raises(RuntimeError, match="killed"):
+        make(tmp_path / "round", predict=fails_later, batch_size=2)
+    assert not (tmp_path / "round" / "report.json").exists()
 
 
 AGREEMENTS = {"a": 0.95, "b": 0.2, "c": 0.9}
