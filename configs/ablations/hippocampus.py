@@ -15,11 +15,11 @@ BASE = {
     "data.pairs.pseudo_pseudo": 2,
     "data.view_min_classes": 1,
     "crf.num_steps": 30,
-    "rounds.baseline_steps": 600,
+    "rounds.baseline_steps": 400,
     "rounds.steps_per_round": 100,
     "rounds.eval_every": 50,
 }
-SUPERVISED = {"rounds.num_rounds": 0, "rounds.baseline_steps": 900}
+SUPERVISED = {"rounds.num_rounds": 0, "rounds.baseline_steps": 700}
 EVERY_PIXEL = {"loss.pixels_per_class": 0}
 ROWS = {
     "a supervised": SUPERVISED,
