@@ -184,6 +184,18 @@ def local_contrastive_loss(
       Scalar: mean over all valid terms; 0 when the pair shows none of the classes. A class absent
       from an image contributes no anchor, no positive and no negative.
 
+    Example: embeddings that tell the two classes apart have nearly no loss; equal ones have the
+    logarithm of the number of means in the denominator, two images times two classes.
+
+      >>> import functools
+      >>> labels = jnp.array([[[1, 1, 2, 2]], [[1, 2, 2, 0]]])
+      >>> apart = jax.nn.one_hot(labels, 3)
+      >>> loss = functools.partial(
+      ...     local_contrastive_loss, labels=labels, anchors=None, num_classes=3
+      ... )
+      >>> print(f"{loss(apart):.4f} {loss(jnp.ones_like(apart)):.4f}")
+      0.6932 1.3863
+
     Raises:
       ValueError: on an unknown matching or on arrays whose shapes do not fit together.
     """

@@ -33,6 +33,10 @@ def dice(prediction: np.ndarray, truth: np.ndarray) -> float:
 
     prediction, truth: boolean masks of one shape. Raises ValueError for other dtypes, since `&` on
     label maps would silently mix their bits, and for unequal shapes.
+
+      >>> labels = np.array([0, 1, 1, 2])
+      >>> print(dice(labels == 1, labels > 0))
+      0.8
     """
     _check_masks(prediction, truth)
     size = np.count_nonzero(prediction) + np.count_nonzero(truth)

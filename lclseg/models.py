@@ -183,6 +183,15 @@ class UNet(nn.Module):
     Call `trunk`, `segment` and `project` through `apply(..., method=...)`, so that each head runs
     on the slices its loss reads only; `__call__` runs everything (initialisation, export).
 
+    Example, a small one:
+
+      >>> unet = UNet(num_classes=4, filters=(4, 8, 8))
+      >>> images = jnp.zeros((2, 32, 32))
+      >>> variables = unet.init(jax.random.key(0), images, train=False)
+      >>> features = unet.apply(variables, images, train=False, method="trunk")
+      >>> unet.apply(variables, features, train=False, method="segment").shape
+      (2, 32, 32, 4)
+
     Attributes:
       num_classes: C, background included.
       filters: per level, top to bottom; H and W must be multiples of 2 ** (len(filters) - 1).
