@@ -26,13 +26,15 @@ BASE = {
     "data.pairs.pseudo_pseudo": 2,
     "loss.segmentation": "batch_dice_and_cross_entropy",
     # Three times the paper's: a short schedule has to level off, or the row that trains longest
-    # without a stop wins. Chosen on split c4's validation and spare pool volumes.
+    # without a stop wins.
     "optimizer.learning_rate": 3e-3,
     "optimizer.ema_decay": 0.98,
     "crf.num_steps": 0,
     "rounds.baseline_steps": 400,
     "rounds.steps_per_round": 100,
     "rounds.eval_every": 50,
+    # Running statistics lag: 0.48 instead of 0.75 on c1's pool after 400 steps.
+    "rounds.calibration_batches": 10,
     "rounds.fresh_heads": False,
 }
 EVERY_PIXEL = {"loss.pixels_per_class": 0}
