@@ -4,6 +4,7 @@
 This is the only module that maps steps over devices.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -25,7 +26,15 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from lclseg import checkpoint, consistency, evaluation, input_pipeline, report, steps
+from lclseg import (
+    checkpoint,
+    consistency,
+    evaluation,
+    input_pipeline,
+    report,
+    steps,
+    tensorboard,
+)
 from lclseg.configuration import (
     JOINT_ONLY,
     ConfigError,
@@ -48,6 +57,7 @@ from lclseg.volumes import VolumeError
 
 AXIS = "devices"
 ZEROS_TO_WARN = 5  # validations in a row
+OVERLAYS = 2  # validation volumes shown in TensorBoard
 # What the user can mend; a program shows the message and no traceback.
 USER_ERRORS = (ConfigError, SplitError, VolumeError, PseudoLabelError, FloatingPointError)
 logger = logging.getLogger("lclseg")
@@ -365,7 +375,9 @@ def fit(
     first_step = int(state.step)  # the stage's first step, counted over the whole run
     digest = pseudo_labels.report["labels_sha256"] if pseudo_labels else None
     history: list[dict] = []
-    with checkpoint.open_stage(run.workdir / "checkpoints" / stage) as manager:
+    with contextlib.ExitStack() as stack:
+        folder = run.workdir / "checkpoints" / stage
+        manager = stack.enter_context(checkpoint.open_stage(folder))
         done = manager.latest_step() or 0
         if done:
             latest, progress = checkpoint.restore(manager, done, state)
@@ -387,6 +399,17 @@ def fit(
             checkpoint.save(manager, number, current, progress, dice)
 
         report.forget_lines(run.workdir / "metrics.jsonl", stage, after_step=done)
+        writer = stack.enter_context(
+            tensorboard.open_writer(
+                run.workdir / "tensorboard" / stage, after_step=first_step + done
+            )
+        )
+
+        def log(scalars):
+            log_scalars(run, stage, number, scalars)
+            for name, value in scalars.items():
+                writer.add_scalar(name, value, first_step + number)
+
         replicated = replicate(latest)
         batches = input_pipeline.read_ahead(read, first_step + done, first_step + num_steps)
         bar = tqdm(batches, stage, num_steps, initial=done, unit="step", disable=None)
@@ -400,7 +423,7 @@ def fit(
                 scalars = check_finite(run, stage, unchecked, lambda n: draw(first_step + n - 1))
                 unchecked = {}
             if log_now:
-                log_scalars(run, stage, number, scalars)
+                log(scalars)
                 bar.set_postfix(loss=f"{scalars['loss']:.3f}", refresh=False)
             if not (validate_now or stop_now):
                 continue
@@ -412,7 +435,9 @@ def fit(
             if validate_now:
                 dice = validate(run, current)
                 history.append({"step": number, **dice})
-                log_scalars(run, stage, number, {"validation_dice": dice["mean_dice"]})
+                log({"validation_dice": dice["mean_dice"]})
+                for volume_id, picture in validation_overlays(run, current).items():
+                    writer.add_image(volume_id, picture, first_step + number, dataformats="HWC")
                 warn_of_zeros(stage, history)
             save(dice["mean_dice"] if validate_now else None)
             if stop_now and number < num_steps:
@@ -486,6 +511,17 @@ def validate(run: Run, state: steps.TrainState) -> dict:
     if summary["mean_dice"] is None:
         raise ConfigError("the validation volumes show none of the classes; set data.validation")
     return {k: summary[k] for k in ("mean_dice", "dice_per_class")}
+
+
+def validation_overlays(run: Run, state: steps.TrainState) -> dict[str, np.ndarray]:
+    """Pictures of the first validation volumes: the slice of each that shows most foreground."""
+    ids = run.split.validation[:OVERLAYS]
+    entries = [run.prepared.volumes[i] for i in ids]
+    records = [e.first_slice + int(e.class_pixels[:, 1:].sum(axis=1).argmax()) for e in entries]
+    images, truth = run.prepared.read_slices(records)
+    found = predictor(run, state, stoppable=False)(images).argmax(axis=-1)
+    pictures = map(tensorboard.overlay, images, truth, found)
+    return dict(zip(ids, pictures, strict=True))
 
 
 def log_scalars(run: Run, stage: str, step: int, scalars: dict[str, float]) -> None:

@@ -4,12 +4,14 @@ import itertools
 import json
 import math
 import runpy
+import struct
 from pathlib import Path
 
 import jax
 import nibabel as nib
 import numpy as np
 import pytest
+from tensorboardX.proto import event_pb2
 
 from lclseg import checkpoint, report, train
 from lclseg.configuration import ConfigError
@@ -108,6 +110,29 @@ def test_files_of_a_run(finished, data_dir):
         expected = line["segmentation_loss"] + 0.02 * line["contrastive_loss"]
         assert math.isclose(line["loss"], expected, rel_tol=1e-5)
     assert json.loads((workdir / "config.json").read_text())["model"]["filters"] == [4, 8]
+
+
+def test_tensorboard_holds_the_scalars_and_pictures(finished):
+    workdir, _ = finished
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    first_steps = {"baseline": 0, "round_1": 6, "round_2": 10}
+    for stage, first in first_steps.items():
+        (path,) = (workdir / "tensorboard" / stage).iterdir()
+        values = [value for event in events(path) for value in event.summary.value]
+        found = [v.simple_value for v in values if v.tag == "validation_dice"]
+        wanted = [x["validation_dice"] for x in lines if x["stage"] == stage and len(x) == 3]
+        np.testing.assert_allclose(found, wanted, rtol=1e-6)
+        assert [v.image.width for v in values if v.HasField("image")] == [96] * 2 * len(found)
+        assert max(event.step for event in events(path)) == first + (6 if first == 0 else 4)
+
+
+def events(path):
+    """Events of a TensorBoard file: records of length, its checksum, content, its checksum."""
+    content = path.read_bytes()
+    while content:
+        (length,) = struct.unpack("<Q", content[:8])
+        yield event_pb2.Event.FromString(content[12 : 12 + length])
+        content = content[16 + length :]
 
 
 def test_predictions_lie_in_native_geometry(finished):

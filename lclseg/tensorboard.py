@@ -1,0 +1,33 @@
+"""TensorBoard files of a stage: scalars, and truth beside prediction on validation slices."""
+
+from pathlib import Path
+
+import numpy as np
+from tensorboardX import SummaryWriter
+
+# Okabe and Ito's colours, told apart by colour-blind readers too; from the seventh class on again.
+COLOURS = np.array(
+    [(230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (213, 94, 0), (204, 121, 167)]
+)
+OPACITY = 0.5
+
+
+def open_writer(folder: Path, *, after_step: int) -> SummaryWriter:
+    """Writer of a stage; use it as a context manager. What is there after `after_step` is void."""
+    return SummaryWriter(str(folder), purge_step=after_step + 1)
+
+
+def overlay(image: np.ndarray, truth: np.ndarray, prediction: np.ndarray) -> np.ndarray:
+    """Slice, truth and prediction side by side.
+
+    image: [H, W] float, black at 0 and white at 1. truth, prediction: [H, W] int, background 0.
+    Returns [H, 3 W, 3] uint8.
+    """
+    grey = np.repeat(np.clip(255 * image, 0, 255)[..., None], 3, axis=-1)
+
+    def painted(labels):
+        colour = COLOURS[(labels.astype(int) - 1) % len(COLOURS)]
+        mixed = (1 - OPACITY) * grey + OPACITY * colour
+        return np.where(labels[..., None] > 0, mixed, grey)
+
+    return np.concatenate([grey, painted(truth), painted(prediction)], axis=1).astype(np.uint8)
