@@ -13,6 +13,7 @@ low resolution, a quarter of the multiplications that PyTorch does.
 
 import copy
 import functools
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -54,21 +55,16 @@ def serve_ours(folder: Path, size: int, threads: int, process: tuple[int, int, i
     config = phantom_run.config(
         folder, size=size, num_volumes=NUM_VOLUMES, num_cpu_devices=1 if process else threads
     )
-    train.set_up_process(config)
     if process:
-        number, count, port = process
-        jax.distributed.initialize(f"localhost:{port}", num_processes=count, process_id=number)
+        values = (process[0], process[1], f"localhost:{process[2]}")
+        names = ("JAX_PROCESS_ID", "JAX_NUM_PROCESSES", "JAX_COORDINATOR_ADDRESS")
+        os.environ.update(zip(names, map(str, values), strict=True))
+    train.set_up_process(config)
     workdir = folder / f"run_{size}_{threads}_{process}"
     run, make_batch = phantom_run.start(config, workdir, num_volumes=NUM_VOLUMES)
     batch = make_batch(0)
-    if process:  # this process' share of the global batch
-        batch = {k: v.reshape(count, 1, -1, *v.shape[2:])[number] for k, v in batch.items()}
     state = train.initial_state(run, 0)
-    if process:
-        replicated = jax.tree.map(lambda x: np.asarray(x)[None], state)
-    else:
-        replicated = train.replicate(state)
-    current = {"state": replicated}
+    current = {"state": train.replicate(state)}
     augment_options = steps.AugmentOptions(**config.augment)
 
     def step(num_steps: int) -> float:

@@ -33,4 +33,5 @@ def stop_on_signals() -> Iterator[Callable[[], bool]]:
         yield asked.is_set
     finally:
         for s, handler in previous.items():
-            signal.signal(s, handler)
+            # None: one of JAX's, in C++, that Python cannot put back.
+            signal.signal(s, signal.SIG_DFL if handler is None else handler)

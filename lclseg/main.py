@@ -14,7 +14,7 @@ _WORKDIR = flags.DEFINE_string(
 
 def main(argv):
     # Imported here: the processes that prepare volumes import this module, but need no JAX.
-    from lclseg import interruption, report, train
+    from lclseg import interruption, processes, report, train
 
     if len(argv) > 1:
         raise app.UsageError(f"unknown argument {argv[1]!r}; options look like --config.seed=1")
@@ -22,16 +22,21 @@ def main(argv):
     data = config.data
     default = f"runs/{data.name}/{data.num_labeled}_{data.split}_seed{config.seed}"
     workdir = Path(_WORKDIR.value or default).expanduser().absolute()
-    train.set_up_process(config)
-    try:
-        with interruption.stop_on_signals() as stop_asked:
-            results = train.train_and_evaluate(config, workdir, stop_asked)
-    except interruption.Interrupted as stop:
-        print(f"lclseg: {stop}; the same command goes on from there")
-        return
-    except train.USER_ERRORS as error:
-        sys.exit(f"lclseg: {error}")
-    print(f"\n{report.table(results)}\n\n{workdir}")
+    with processes.ending_together():
+        try:
+            train.set_up_process(config)
+            with (
+                interruption.stop_on_signals() as stop_asked,
+                processes.own_workdir(workdir) as folder,
+            ):
+                results = train.train_and_evaluate(config, folder, stop_asked)
+        except interruption.Interrupted as stop:
+            print(f"lclseg: {stop}; the same command goes on from there")
+            return
+        except train.USER_ERRORS as error:
+            sys.exit(f"lclseg: {error}")
+    if processes.is_first():
+        print(f"\n{report.table(results)}\n\n{workdir}")
 
 
 if __name__ == "__main__":

@@ -31,12 +31,14 @@ from lclseg import (
     consistency,
     evaluation,
     input_pipeline,
+    processes,
     report,
     steps,
     tensorboard,
 )
 from lclseg.configuration import (
     JOINT_ONLY,
+    MACHINE_KEYS,
     ConfigError,
     check_config,
     differing_keys,
@@ -103,19 +105,23 @@ class Run:
 
 
 def set_up_process(config: ConfigDict) -> None:
-    """Logging, the compilation cache and CPU devices; runs before JAX's first computation.
+    """Logging, the compilation cache, CPU devices, and the other processes of a cluster.
 
-    The CPU becomes one JAX device per core, as far as the batch divides among them: XLA's CPU
-    gradients hardly use threads; several devices do. No effect on GPU and TPU.
+    Runs before JAX's first computation. The CPU becomes one JAX device per core, as far as the
+    batch divides among them: XLA's CPU gradients hardly use threads; several devices do. No effect
+    on GPU and TPU.
     """
     absl.logging.set_verbosity(absl.logging.ERROR)  # Orbax and TFDS log by the page
-    logger.setLevel(logging.INFO)
     cache = Path("~/.cache/lclseg/xla").expanduser()
     jax.config.update("jax_compilation_cache_dir", str(cache))
+    cluster = processes.settings()
     cores = len(os.sched_getaffinity(0))
     common = math.gcd(config.data.labeled_batch_size, sum(config.data.pairs.values()))
+    common = max(1, common // cluster.get("num_processes", 1))
     auto = max(n for n in range(1, cores + 1) if common % n == 0)
     jax.config.update("jax_num_cpu_devices", config.num_cpu_devices or auto)
+    processes.connect(**cluster)
+    logger.setLevel(logging.INFO if processes.is_first() else logging.ERROR)
 
 
 def make_optimizer(config: ConfigDict, num_steps: int) -> optax.GradientTransformation:
@@ -134,15 +140,17 @@ def start_run(
     Raises:
       ConfigError, SplitError, VolumeError: before any work is lost.
     """
-    check_config(config, num_devices=jax.local_device_count())
-    prepared = open_prepared(
-        config.data.name,
-        image_size=config.data.image_size,
-        target_spacing_mm=config.data.target_spacing_mm,
-        n4_shrink_factor=config.data.n4_shrink_factor,
-        data_dir=config.data.data_dir,
-        manual_dir=config.data.manual_dir,
-    )
+    check_config(config, num_devices=jax.device_count())
+    with processes.first_goes_first():
+        prepared = open_prepared(
+            config.data.name,
+            image_size=config.data.image_size,
+            target_spacing_mm=config.data.target_spacing_mm,
+            n4_shrink_factor=config.data.n4_shrink_factor,
+            data_dir=config.data.data_dir,
+            manual_dir=config.data.manual_dir,
+        )
+    check_processes_agree(config, prepared)
     split = resolve_split(config.data, prepared.volumes)
     if config.rounds.num_rounds and not split.unlabeled:
         raise ConfigError(
@@ -174,7 +182,13 @@ def start_run(
             ema_decay=config.optimizer.ema_decay,
             **options,
         )
-        return jax.pmap(step, axis_name=AXIS, in_axes=(0, 0, None), donate_argnums=(0,))
+        return jax.pmap(
+            step,
+            axis_name=AXIS,
+            in_axes=(0, 0, None),
+            devices=processes.devices(),
+            donate_argnums=(0,),
+        )
 
     claim_workdir(config, workdir)
     return Run(
@@ -190,10 +204,35 @@ def start_run(
             functools.partial(steps.batch_statistics, **options),
             axis_name=AXIS,
             in_axes=(0, 0, None),
+            devices=processes.devices(),
         ),
-        predict=jax.pmap(functools.partial(steps.predict_step, model=model)),
-        stop_asked=stop_asked,
+        predict=jax.pmap(
+            functools.partial(steps.predict_step, model=model), devices=jax.local_devices()
+        ),
+        stop_asked=lambda: processes.any_process(stop_asked()),
     )
+
+
+def check_processes_agree(config: ConfigDict, prepared: PreparedSet) -> None:
+    """Raises ConfigError where a process has another config or other data than the first."""
+    if jax.device_count() != jax.process_count() * jax.local_device_count():
+        raise ConfigError(
+            f"this process has {jax.local_device_count()} of {jax.device_count()} devices; wanted "
+            f"as many in each of the {jax.process_count()} processes"
+        )
+    own = json.loads(config.to_json_best_effort())
+    first = processes.json_from_first(own)
+    keys = [k for k in differing_keys(first, own) if k not in MACHINE_KEYS]
+    if keys:
+        raise ConfigError(
+            f"the first process has other values of {', '.join(keys[:8])}; start the same command "
+            "everywhere"
+        )
+    counts = {v: e.class_pixels.tolist() for v, e in prepared.volumes.items()}
+    if processes.json_from_first(counts) != counts:
+        raise ConfigError(
+            f"the prepared set of {config.data.name} is not the first process' one; prepare it anew"
+        )
 
 
 def claim_workdir(config: ConfigDict, workdir: Path) -> None:
@@ -246,7 +285,7 @@ def take_over_baseline(run: Run, results: dict) -> None:
 
 
 def replicate(state: steps.TrainState) -> steps.TrainState:
-    """One copy per device, placed as the compiled steps return it.
+    """One copy per device of this process, placed as the compiled steps return it.
 
     `flax.jax_utils.replicate` names its device axis differently: the second step would be compiled
     anew.
@@ -272,9 +311,11 @@ def predictor(
     One compiled shape, of all devices; a part of it that M does not fill is padding. `refine`, if
     given, maps (slices, probabilities) to the probabilities returned. It stops when asked to, if
     `stoppable`: not in validation, which belongs to the step before it.
+
+    Of several processes, each predicts its part of the slices, and all get all probabilities.
     """
     num_devices = jax.local_device_count()
-    per_device = -(-run.config.data.eval_batch_size // num_devices)
+    per_device = -(-run.config.data.eval_batch_size // jax.device_count())
     capacity = per_device * num_devices
     replicated = replicate(state)
 
@@ -297,7 +338,7 @@ def predictor(
         chunks = [images[i : i + capacity] for i in range(0, len(images), capacity)]
         return np.concatenate([predict_chunk(chunk) for chunk in chunks])
 
-    return predict
+    return processes.predict_together(predict)
 
 
 def evaluate_state(
@@ -348,7 +389,8 @@ def batch_drawer(
 
 
 def read_batch(run: Run, pseudo_labels: PseudoLabels | None, draw: input_pipeline.Draw) -> dict:
-    """Reads the slices of a draw: a batch, sharded over devices."""
+    """Reads this process' share of the slices of a draw: a batch, sharded over its devices."""
+    draw = input_pipeline.Draw(*(None if x is None else processes.share(x) for x in draw))
     batch = input_pipeline.read_labeled(run.prepared, draw.labeled)
     if pseudo_labels is not None:
         batch |= input_pipeline.read_pairs(run.prepared, pseudo_labels, draw.pairs, draw.is_pseudo)
@@ -378,12 +420,12 @@ def fit(
     with contextlib.ExitStack() as stack:
         folder = run.workdir / "checkpoints" / stage
         manager = stack.enter_context(checkpoint.open_stage(folder))
-        done = manager.latest_step() or 0
+        done = checkpoint.latest_step(manager)
         if done:
             latest, progress = checkpoint.restore(manager, done, state)
             if progress["labels_sha256"] != digest:
                 raise ConfigError(
-                    f"{manager.directory}: training was begun on other pseudo-labels than those in "
+                    f"{folder}: training was begun on other pseudo-labels than those in "
                     f"{pseudo_labels.folder}; remove the checkpoint folder to train this round anew"
                 )
             history = progress["validation"]
@@ -418,7 +460,8 @@ def fit(
             replicated, unchecked[number] = train_step(replicated, batch, run.key)
             log_now = number % run.config.log.every == 0 or number == num_steps
             validate_now = number % rounds.eval_every == 0 or number == num_steps
-            stop_now = run.stop_asked()
+            # Several processes agree on it where they wait for the devices anyway.
+            stop_now = (log_now or validate_now or not processes.several()) and run.stop_asked()
             if log_now or validate_now or stop_now:
                 scalars = check_finite(run, stage, unchecked, lambda n: draw(first_step + n - 1))
                 unchecked = {}
@@ -441,10 +484,10 @@ def fit(
                 warn_of_zeros(stage, history)
             save(dice["mean_dice"] if validate_now else None)
             if stop_now and number < num_steps:
-                manager.wait_until_finished()
+                checkpoint.finish(manager)
                 raise Interrupted(f"stopped in {stage} after step {number} of {num_steps}")
-        manager.wait_until_finished()
-        best_step = manager.best_step()
+        checkpoint.finish(manager)
+        best_step = checkpoint.best_step(manager)
         best, _ = checkpoint.restore(manager, best_step, state)
     score = next(h["mean_dice"] for h in history if h["step"] == best_step)
     logger.info("%s: best validation Dice %.4f at step %d", stage, score, best_step)
@@ -548,7 +591,7 @@ def finish_stage(
         run.split.test,
         stoppable=True,
         with_distances=True,
-        save_to=run.workdir / "predictions" / best.stage,
+        save_to=run.workdir / "predictions" / best.stage if processes.is_first() else None,
     )
     results["results"][best.stage] = {
         "test": test,
@@ -570,10 +613,11 @@ def pseudo_label_pool(
     """
     folder = run.workdir / "pseudo_labels" / f"round_{round_number}"
     made_by = {"stage": best.stage, "step": int(best.state.step)}
-    if (folder / "report.json").exists():
-        stored = load_pseudo_labels(folder, run.prepared)
-        if stored.report["made_by"] == made_by:
-            return stored
+    stored = report.read_json(folder / "report.json") or {}
+    if processes.json_from_first(stored.get("made_by")) == made_by:
+        for name in ("labels.npy", "report.json"):
+            processes.file_from_first(folder / name)
+        return load_pseudo_labels(folder, run.prepared)
     options = run.config.pseudo_labels
     agreements = None
     if options.min_agreement > 0:
@@ -650,7 +694,9 @@ def train_and_evaluate(
         config, run.prepared, run.split
     )
     if config.rounds.baseline_from and "baseline" not in results["results"]:
-        take_over_baseline(run, results)
+        if processes.is_first():
+            take_over_baseline(run, results)
+    results = processes.json_from_first(results)
     best, history = fit(run, "baseline", initial_state(run, 0), config.rounds.baseline_steps, None)
     finish_stage(run, results, best, history, started, None)
     if config.rounds.num_rounds:

@@ -3,35 +3,14 @@
 Slow (minutes): ./run.sh test tests/test_kill.py --slow
 """
 
-import json
 import random
 import signal
 import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
+from small_run import Program, end_of
 
-ROOT = Path(__file__).parents[1]
-CONFIG = """
-import runpy
-
-def get_config():
-    config = runpy.run_path({phantom!r})["get_config"]()
-    data = config.data
-    data.data_dir = {data_dir!r}
-    data.image_size, data.target_spacing_mm = 32, 4.0
-    data.unlabeled = ("phantom_010", "phantom_011", "phantom_012")
-    data.test = ("phantom_044", "phantom_045")
-    data.labeled_batch_size = 4
-    data.pairs.update(labeled_self=1, pseudo_self=1, labeled_pseudo=1, pseudo_pseudo=1)
-    data.view_min_classes = 1
-    config.model.filters = (4, 8)
-    config.num_cpu_devices = 1
-    config.rounds.update(baseline_steps=60, num_rounds=2, steps_per_round=40, eval_every=10)
-    return config
-"""
 # What has just come to be when the kill comes.
 BOUNDARIES = (
     "config.json",
@@ -50,32 +29,6 @@ NUM_RANDOM = 20
 pytestmark = pytest.mark.slow
 
 
-class Program:
-    """`python -m lclseg.main` on the small config."""
-
-    def __init__(self, folder):
-        self.config = folder / "small.py"
-        text = CONFIG.format(
-            phantom=str(ROOT / "configs" / "phantom.py"), data_dir=str(folder / "data")
-        )
-        self.config.write_text(text)
-
-    def start(self, workdir):
-        command = [sys.executable, "-m", "lclseg.main", f"--config={self.config}"]
-        return subprocess.Popen(
-            [*command, f"--workdir={workdir}"],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-
-    def finish(self, workdir):
-        process = self.start(workdir)
-        output, _ = process.communicate(timeout=300)
-        assert process.returncode == 0, output
-
-
 @pytest.fixture(scope="module")
 def program(tmp_path_factory):
     return Program(tmp_path_factory.mktemp("kill"))
@@ -86,16 +39,6 @@ def undisturbed(program, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("undisturbed") / "run"
     program.finish(workdir)
     return end_of(workdir)
-
-
-def end_of(workdir):
-    """What a run leaves, times aside, as text."""
-    results = json.loads((workdir / "results.json").read_text())
-    for stage in results["results"].values():
-        del stage["seconds"]
-    logs = (workdir / "metrics.jsonl").read_text()
-    reports = [p.read_text() for p in sorted((workdir / "pseudo_labels").glob("*/report.json"))]
-    return [json.dumps(results, sort_keys=True), logs, *reports]
 
 
 @pytest.mark.parametrize("path", BOUNDARIES)

@@ -1,0 +1,204 @@
+"""Several processes that train together, and what they tell each other.
+
+All run the same program on the same numbers, so that they take every step and every decision
+alike. Each has its share of the batches, of the slices to predict and of the devices; what one of
+them alone knows (files, a signal) it tells the others here. Only the first process has the workdir:
+no shared disk is needed. With one process every function here is the identity.
+"""
+
+import contextlib
+import json
+import os
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from orbax.checkpoint import multihost
+
+from lclseg.configuration import ConfigError
+
+# A process that has not been heard of for so long is dead, and the others end.
+HEARTBEAT_TIMEOUT_S = 60
+PREPARING_TIMEOUT_S = 24 * 3600
+# A lone task of Slurm or Open MPI keeps all devices of its host; JAX would give it one.
+TASKS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
+SETTINGS = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+
+
+def settings(environment: Mapping[str, str] = os.environ) -> dict:
+    """What the variables `SETTINGS` say, as arguments of `connect`; {} where none is set.
+
+    Raises:
+      ConfigError: some of the variables are missing or wrong.
+    """
+    given = {name: environment[name] for name in SETTINGS if environment.get(name)}
+    missing = [name for name in SETTINGS if name not in given]
+    if not given:
+        return {}
+    if missing:
+        raise ConfigError(
+            f"{', '.join(given)} set, but not {', '.join(missing)}; set all three, or none of them"
+        )
+    address, count, index = given.values()
+    if not (count.isdigit() and index.isdigit() and int(index) < int(count)):
+        raise ConfigError(
+            f"JAX_NUM_PROCESSES is {count!r} and JAX_PROCESS_ID {index!r}; wanted whole numbers, "
+            "the second from 0 to one less than the first"
+        )
+    return {
+        "coordinator_address": address,
+        "num_processes": int(count),
+        "process_id": int(index),
+    }
+
+
+def connect(**given: Any) -> None:
+    """Joins the other processes of a cluster: one that is given, or one that JAX detects.
+
+    JAX detects TPU pods, Slurm (srun) and Open MPI. Without a cluster nothing happens. Runs before
+    JAX's first computation.
+    """
+    alone = not given and any(os.environ.get(name) == "1" for name in TASKS)
+    if alone or jax.distributed.is_initialized():
+        return
+    try:
+        jax.distributed.initialize(**given, heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT_S)
+    except ValueError:
+        if given:
+            raise
+
+
+def several() -> bool:
+    return jax.process_count() > 1
+
+
+def is_first() -> bool:
+    return jax.process_index() == 0
+
+
+def devices() -> list[jax.Device] | None:
+    """All devices, those of a process side by side; None, JAX's own order, in a single process."""
+    if not several():
+        return None
+    return sorted(jax.devices(), key=lambda d: (d.process_index, d.id))
+
+
+@contextlib.contextmanager
+def first_goes_first() -> Iterator[None]:
+    """The block runs in the first process, then in the others: what it prepares is there for them.
+
+    They wait on the coordinator, for up to a day: no backend's time limit for operations applies.
+    """
+    if several() and not is_first():
+        _wait()
+    yield
+    if several() and is_first():
+        _wait()
+
+
+def _wait() -> None:
+    wait = multihost.get_barrier_sync_fn()
+    wait(key="lclseg_first_goes_first", timeout_ms=PREPARING_TIMEOUT_S * 1000)
+
+
+@contextlib.contextmanager
+def own_workdir(workdir: Path) -> Iterator[Path]:
+    """The workdir in the first process; elsewhere a temporary folder, which nobody will read."""
+    if not several() or is_first():
+        yield workdir
+        return
+    with tempfile.TemporaryDirectory(prefix="lclseg-") as folder:
+        yield Path(folder) / "run"
+
+
+def arrays_from_first(tree: Any) -> Any:
+    """The first process' arrays; shapes and dtypes must be the same everywhere."""
+    return multihost_utils.broadcast_one_to_all(tree) if several() else tree
+
+
+def bytes_from_first(content: bytes) -> bytes:
+    if not several():
+        return content
+    size = int(arrays_from_first(np.array(len(content), np.int32)))
+    buffer = np.zeros(size, np.uint8)
+    if is_first():
+        buffer[:] = np.frombuffer(content, np.uint8)
+    return arrays_from_first(buffer).tobytes()
+
+
+def json_from_first(value: Any) -> Any:
+    """The first process' value, of what JSON can hold."""
+    if not several():
+        return value
+    return json.loads(bytes_from_first(json.dumps(value).encode()))
+
+
+def file_from_first(path: Path) -> None:
+    """Writes the first process' file to the same path below the others' own workdirs."""
+    if not several():
+        return
+    content = bytes_from_first(path.read_bytes() if is_first() else b"")
+    if not is_first():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+
+
+def any_process(flag: bool) -> bool:
+    """Whether the flag is set in any process; all must ask at the same place."""
+    if not several():
+        return flag
+    return bool(np.any(multihost_utils.process_allgather(np.array(flag))))
+
+
+def share(rows: np.ndarray) -> np.ndarray:
+    """This process' part of a global batch [B, ...], B a multiple of the number of processes."""
+    return np.split(rows, jax.process_count())[jax.process_index()]
+
+
+def predict_together(
+    predict: Callable[[np.ndarray], np.ndarray],
+) -> Callable[[np.ndarray], np.ndarray]:
+    """Slices -> probabilities, each process predicting its part of the slices for all of them."""
+    if not several():
+        return predict
+
+    def together(images: np.ndarray) -> np.ndarray:
+        padding = np.repeat(images[-1:], -len(images) % jax.process_count(), axis=0)
+        own = predict(share(np.concatenate([images, padding])))
+        return multihost_utils.process_allgather(own, tiled=True)[: len(images)]
+
+    return together
+
+
+@contextlib.contextmanager
+def ending_together() -> Iterator[None]:
+    """An error ends one of several processes at once, which ends the others.
+
+    Ending as Python does would wait for processes that in turn wait for this one.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if not several() or (isinstance(error, SystemExit) and not error.code):
+            raise
+        where = f"process {jax.process_index()} of {jax.process_count()}"
+        if isinstance(error, SystemExit):
+            print(f"{where}: {error.code}", file=sys.stderr)
+        elif isinstance(error, jax.errors.JaxRuntimeError):
+            print(
+                f"{where}: lclseg: a computation over all processes failed, most likely because "
+                f"another process ended; see its messages first. The same command, started again "
+                f"everywhere, goes on from the last checkpoint. ({str(error)[:300]})",
+                file=sys.stderr,
+            )
+        else:
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
