@@ -17,7 +17,7 @@ import logging
 import re
 import runpy
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -218,8 +218,14 @@ def find_baseline(config: ConfigDict, workdirs: Sequence[Path]) -> str:
     return ""
 
 
-def run_missing(sweep: Sweep, workdir: Path, folder: Path) -> None:
-    """Trains what is not in the results folder yet, and writes result and table after each run."""
+def run_missing(
+    sweep: Sweep, workdir: Path, folder: Path, stop_asked: Callable[[], bool] = lambda: False
+) -> None:
+    """Trains what is not in the results folder yet, and writes result and table after each run.
+
+    Raises:
+      Interrupted: `stop_asked` gave True; finished runs and the one under way are saved.
+    """
     from lclseg import report, train  # here: the processes that prepare volumes need no JAX
 
     results = read_results(folder, sweep)
@@ -234,18 +240,19 @@ def run_missing(sweep: Sweep, workdir: Path, folder: Path) -> None:
             config.rounds.baseline_from = (
                 begun["rounds"]["baseline_from"] if begun else find_baseline(config, finished)
             )
-            result = train.train_and_evaluate(config, run_dir)
+            result = train.train_and_evaluate(config, run_dir, stop_asked)
             results[name] = {"config": stored_config(config), **result}
             path = folder / experiment.path.with_suffix(".json")
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(results[name], separators=(",", ":")) + "\n")
-            (folder / "README.md").write_text(markdown(sweep, results) + "\n")
+            text = json.dumps(results[name], separators=(",", ":")) + "\n"
+            report.write_text(path, text)
+            report.write_text(folder / "README.md", markdown(sweep, results) + "\n")
         if (run_dir / "results.json").exists():
             finished.append(run_dir)
 
 
 def main(argv):
-    from lclseg import train
+    from lclseg import interruption, processes, train
 
     if len(argv) > 1:
         raise app.UsageError(f"unknown argument {argv[1]!r}")
@@ -257,10 +264,17 @@ def main(argv):
         sweep.config.data.update(data_dir=_DATA_DIR.value, manual_dir=_MANUAL_DIR.value)
         if not _TABLE_ONLY.value:
             train.set_up_process(sweep.config)
-            run_missing(sweep, workdir, folder)
+            if processes.several():
+                raise SweepError("a sweep runs in one process; start lclseg.main on a cluster")
+            with interruption.stop_on_signals() as stop_asked:
+                run_missing(sweep, workdir, folder, stop_asked)
         print(markdown(sweep, read_results(folder, sweep)))
+    except interruption.Interrupted as stop:
+        print(f"lclseg: {stop}; the same command goes on from there")
     except (*train.USER_ERRORS, SweepError) as error:
         sys.exit(f"lclseg: {error}")
+    except OSError as error:
+        processes.end(f"lclseg: {interruption.disk_message(error, workdir)}")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,11 @@ get from the first what it reads.
 """
 
 import contextlib
+import errno
+import os
+import re
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +25,36 @@ from lclseg.steps import TrainState
 UNVALIDATED = -1.0  # below any Dice
 
 
-def open_stage(folder: Path) -> contextlib.AbstractContextManager[ocp.CheckpointManager | None]:
-    """Manager of a stage's checkpoints; use it as a context manager, saves are asynchronous.
+@contextlib.contextmanager
+def naming(folder: Path) -> Iterator[None]:
+    """Errors of the disk, raised in the block, become OSErrors that name the folder.
+
+    Those that TensorStore raises while a checkpoint is written are ValueErrors.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror or str(error), str(folder)) from error
+    except ValueError as error:
+        code = re.search(r"os_error_code='(\d+)'", str(error))
+        if code is None:
+            raise
+        number = int(code[1])
+        raise OSError(number, os.strerror(number), str(folder)) from error
+
+
+@contextlib.contextmanager
+def open_stage(folder: Path) -> Iterator[ocp.CheckpointManager | None]:
+    """Manager of a stage's checkpoints; saves are asynchronous.
 
     A checkpoint holds `state` (the TrainState) and `progress` (JSON). The newest and the one of
     highest validation Dice stay on disk.
     """
     if not processes.is_first():
-        return contextlib.nullcontext()
+        yield None
+        return
     folder.mkdir(parents=True, exist_ok=True)
     policy = checkpoint_managers.AnyPreservationPolicy(
         [
@@ -44,7 +71,16 @@ def open_stage(folder: Path) -> contextlib.AbstractContextManager[ocp.Checkpoint
             active_processes={0} if processes.several() else None
         ),
     )
-    return ocp.CheckpointManager(folder.absolute(), options=options)
+    with naming(folder):
+        manager = ocp.CheckpointManager(folder.absolute(), options=options)
+    try:
+        yield manager
+    except BaseException:
+        with contextlib.suppress(Exception):  # a save that failed fails again here
+            manager.close()
+        raise
+    with naming(folder):
+        manager.close()
 
 
 def latest_step(manager: ocp.CheckpointManager | None) -> int:
@@ -73,17 +109,24 @@ def save(
     dice = UNVALIDATED if dice is None else dice
     if processes.several():  # Orbax refuses JAX arrays that only one process has
         state = jax.tree.map(np.asarray, state)
+    # Orbax finds a full disk in its threads, after the fact, and tells by the page.
+    needed = sum(x.nbytes for x in jax.tree.leaves(state))
+    if shutil.disk_usage(manager.directory).free < needed:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(manager.directory))
     items = ocp.args.Composite(
         state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(progress)
     )
-    if not manager.save(step, args=items, metrics={"dice": dice}):
+    with naming(manager.directory):
+        saved = manager.save(step, args=items, metrics={"dice": dice})
+    if not saved:
         raise RuntimeError(f"{manager.directory}: checkpoint of step {step} was not saved")
 
 
 def finish(manager: ocp.CheckpointManager | None) -> None:
     """Waits until everything is on disk."""
     if manager is not None:
-        manager.wait_until_finished()
+        with naming(manager.directory):
+            manager.wait_until_finished()
 
 
 def restore(

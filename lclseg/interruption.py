@@ -4,12 +4,22 @@ import contextlib
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Interrupted(Exception):  # noqa: N818, not an error
     """The run stopped because it was asked to, with everything saved; the message tells where."""
+
+
+def disk_message(error: OSError, workdir: Path) -> str:
+    """One line on what the disk refused, and the way out."""
+    return (
+        f"{error.strerror or error}: {error.filename or workdir}. The run in {workdir} stopped; "
+        "what it had finished is intact, and once the disk is in order the same command goes on "
+        "from there"
+    )
 
 
 @contextlib.contextmanager

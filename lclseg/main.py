@@ -21,6 +21,8 @@ def main(argv):
     config = _CONFIG.value
     data = config.data
     default = f"runs/{data.name}/{data.num_labeled}_{data.split}_seed{config.seed}"
+    if "://" in (_WORKDIR.value or ""):
+        sys.exit(f"lclseg: --workdir is {_WORKDIR.value}; wanted a folder: mount the storage first")
     workdir = Path(_WORKDIR.value or default).expanduser().absolute()
     with processes.ending_together():
         try:
@@ -35,6 +37,8 @@ def main(argv):
             return
         except train.USER_ERRORS as error:
             sys.exit(f"lclseg: {error}")
+        except OSError as error:
+            processes.end(f"lclseg: {interruption.disk_message(error, workdir)}")
     if processes.is_first():
         print(f"\n{report.table(results)}\n\n{workdir}")
 

@@ -14,7 +14,7 @@ import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -176,6 +176,17 @@ def predict_together(
     return together
 
 
+def end(message: str) -> NoReturn:
+    """Ends the process with a message and exit status 1, at once.
+
+    Python's own way out waits for other processes, and for threads that may write to a full disk.
+    """
+    print(message, file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
+
+
 @contextlib.contextmanager
 def ending_together() -> Iterator[None]:
     """An error ends one of several processes at once, which ends the others.
@@ -189,16 +200,13 @@ def ending_together() -> Iterator[None]:
             raise
         where = f"process {jax.process_index()} of {jax.process_count()}"
         if isinstance(error, SystemExit):
-            print(f"{where}: {error.code}", file=sys.stderr)
+            message = f"{where}: {error.code}"
         elif isinstance(error, jax.errors.JaxRuntimeError):
-            print(
+            message = (
                 f"{where}: lclseg: a computation over all processes failed, most likely because "
                 f"another process ended; see its messages first. The same command, started again "
-                f"everywhere, goes on from the last checkpoint. ({str(error)[:300]})",
-                file=sys.stderr,
+                f"everywhere, goes on from the last checkpoint. ({str(error)[:300]})"
             )
         else:
-            traceback.print_exc()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(1)
+            message = traceback.format_exc()
+        end(message)

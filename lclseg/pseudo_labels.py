@@ -115,6 +115,9 @@ def make_pseudo_labels(
     labels = np.lib.format.open_memmap(
         folder / "labels.npy", mode="w+", dtype=np.uint8, shape=(len(records), size, size)
     )
+    # A page that finds the disk full would kill the process; this raises OSError.
+    with (folder / "labels.npy").open("r+b") as file:
+        os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
     confidence, ignored, agreement, true_metrics, empty = [], [], [], {}, []
     predictions = evaluation.predict_volumes(predict, prepared, ids, batch_size=batch_size)
     row = 0

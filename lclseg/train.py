@@ -6,12 +6,14 @@ This is the only module that maps steps over devices.
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import json
 import logging
 import math
 import os
 import shutil
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -111,7 +113,10 @@ def set_up_process(config: ConfigDict) -> None:
     batch divides among them: XLA's CPU gradients hardly use threads; several devices do. No effect
     on GPU and TPU.
     """
-    absl.logging.set_verbosity(absl.logging.ERROR)  # Orbax and TFDS log by the page
+    # Orbax and TFDS log by the page, and raise what they log as errors.
+    absl.logging.set_verbosity(absl.logging.FATAL)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    threading.excepthook = tell_of_thread
     cache = Path("~/.cache/lclseg/xla").expanduser()
     jax.config.update("jax_compilation_cache_dir", str(cache))
     cluster = processes.settings()
@@ -122,6 +127,13 @@ def set_up_process(config: ConfigDict) -> None:
     jax.config.update("jax_num_cpu_devices", config.num_cpu_devices or auto)
     processes.connect(**cluster)
     logger.setLevel(logging.INFO if processes.is_first() else logging.ERROR)
+
+
+def tell_of_thread(failed: threading.ExceptHookArgs) -> None:
+    """One line where the disk stopped a thread (TensorBoard's), instead of a traceback."""
+    if not issubclass(failed.exc_type, OSError):
+        return threading.__excepthook__(failed)
+    logger.warning("a thread that writes files stopped: %s", failed.exc_value)
 
 
 def make_optimizer(config: ConfigDict, num_steps: int) -> optax.GradientTransformation:
@@ -254,7 +266,7 @@ def claim_workdir(config: ConfigDict, workdir: Path) -> None:
                 f"{workdir} holds a run with other values of {', '.join(keys[:8])}; go on with its "
                 "config, or choose another --workdir"
             )
-    elif workdir.exists() and any(workdir.iterdir()):
+    elif workdir.exists() and any(p.name != "config.partial" for p in workdir.iterdir()):
         raise ConfigError(f"{workdir} is not empty and no lclseg run; choose another --workdir")
     workdir.mkdir(parents=True, exist_ok=True)
     report.write_text(path, text)
@@ -437,6 +449,8 @@ def fit(
             return read_batch(run, pseudo_labels, draw(step))
 
         def save(dice):
+            if not (run.workdir / "config.json").exists():  # Orbax would make the folder anew
+                raise FileNotFoundError(errno.ENOENT, "removed under way", str(run.workdir))
             progress = {"validation": history, "labels_sha256": digest}
             checkpoint.save(manager, number, current, progress, dice)
 

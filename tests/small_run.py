@@ -53,15 +53,14 @@ class Program:
         command = [sys.executable, "-m", "lclseg.main", f"--config={self.config}"]
         return [*command, f"--workdir={workdir}", *options]
 
-    def start(self, workdir, *options, env=None, **kwargs):
+    def start(self, workdir, *options, env=None, prefix=()):
         return subprocess.Popen(
-            self.command(workdir, *options),
+            [*prefix, *self.command(workdir, *options)],
             cwd=ROOT,
             env=os.environ | (env or {}),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            **kwargs,
         )
 
     def finish(self, workdir, *options, **kwargs):

@@ -23,7 +23,12 @@ GIVEN = {
     "JAX_NUM_PROCESSES": "2",
     "JAX_PROCESS_ID": "1",
 }
-STEP_BY_STEP = (*SHORT, "--config.log.every=1", "--config.rounds.calibration_batches=2")
+STEP_BY_STEP = (
+    *SHORT,
+    "--config.seed=1",
+    "--config.log.every=1",
+    "--config.rounds.calibration_batches=2",
+)
 
 
 def test_settings_of_a_cluster():
@@ -111,11 +116,11 @@ def log_of(workdir):
 
 @pytest.mark.slow
 def test_two_processes_train_as_one(program, together, tmp_path):
-    """2 processes x 2 devices against 1 x 4.
+    """2 processes x 2 devices against 1 x 4: 14 steps in three stages, weights within 1e-5.
 
-    Before rounding has grown, losses agree to 1e-6 and gradients to 1e-5. Adam divides a gradient
-    by its own size, rounding included: weights without much of a gradient drift by parts of the
-    step, 1e-3, so later values are held to less.
+    The largest difference found is 9e-7, in running variances of up to 14. The seed matters: with
+    seed 0 the fourth step meets a kink (ReLU, max-pooling), where weights moved by 2e-7 change the
+    gradient by 1 % and the loss not at all; there 4 devices differ from 2 without processes, too.
     """
     options = (*STEP_BY_STEP, "--config.num_cpu_devices=4")
     program.finish(tmp_path / "run", *options)
@@ -124,14 +129,13 @@ def test_two_processes_train_as_one(program, together, tmp_path):
     ours, theirs = log_of(first), log_of(tmp_path / "run")
     assert [(x["stage"], x["step"]) for x in ours] == [(x["stage"], x["step"]) for x in theirs]
     for own, other in zip(ours, theirs, strict=True):
-        early = own["stage"] == "baseline" and own["step"] == 1
         for name in own.keys() - {"stage", "step"}:
-            tight = 1e-5 if name == "gradient_norm" else 1e-6
-            np.testing.assert_allclose(own[name], other[name], rtol=tight if early else 1e-2)
+            np.testing.assert_allclose(own[name], other[name], rtol=1e-5)
     for stage in STAGES:
-        pairs = zip(newest_state(first, stage), newest_state(tmp_path / "run", stage), strict=True)
-        apart = np.concatenate([np.abs(np.float64(a) - np.float64(b)).ravel() for a, b in pairs])
-        assert apart.mean() < 1e-4 and apart.max() < 1e-2
+        for a, b in zip(
+            newest_state(first, stage), newest_state(tmp_path / "run", stage), strict=True
+        ):
+            np.testing.assert_allclose(a, b, rtol=0, atol=1e-5)
     names = [
         {str(p.relative_to(w)) for p in w.rglob("*.nii.gz")} for w in (first, tmp_path / "run")
     ]
