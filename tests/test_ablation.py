@@ -110,7 +110,7 @@ def trained(monkeypatch):
     """Replaces training; lists (row and pair, taken-over baseline) of what was run."""
     runs = []
 
-    def train_and_evaluate(config, workdir):
+    def train_and_evaluate(config, workdir, stop_asked):
         source = config.rounds.baseline_from
         runs.append((f"{workdir.parent.name}/{workdir.name}", source and Path(source).parent.name))
         workdir.mkdir(parents=True)

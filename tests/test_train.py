@@ -316,14 +316,21 @@ def test_non_finite_loss_stops_the_run(data_dir, tmp_path):
 
 def test_cpu_devices_divide_the_batches(monkeypatch):
     chosen = {}
+    monkeypatch.setattr(train.threading, "excepthook", train.threading.excepthook)
     monkeypatch.setattr(jax.config, "update", lambda name, value: chosen.update({name: value}))
     monkeypatch.setattr(train.os, "sched_getaffinity", lambda _: set(range(8)))
+    monkeypatch.setattr(train.processes, "connect", lambda **cluster: None)
     config = runpy.run_path(str(ROOT / "configs" / "default.py"))["get_config"]()
     train.set_up_process(config)  # 20 slices and 10 pairs on 8 cores
     assert chosen["jax_num_cpu_devices"] == 5
     config.num_cpu_devices = 2
     train.set_up_process(config)
     assert chosen["jax_num_cpu_devices"] == 2
+    config.num_cpu_devices = 0
+    cluster = {"num_processes": 2}  # 10 and 5 are left for each
+    monkeypatch.setattr(train.processes, "settings", lambda: cluster)
+    train.set_up_process(config)
+    assert chosen["jax_num_cpu_devices"] == 5
 
 
 def test_table_shows_each_stage(finished):
