@@ -109,8 +109,10 @@ def save(
     dice = UNVALIDATED if dice is None else dice
     if processes.several():  # Orbax refuses JAX arrays that only one process has
         state = jax.tree.map(np.asarray, state)
-    # Orbax finds a full disk in its threads, after the fact, and tells by the page.
-    needed = sum(x.nbytes for x in jax.tree.leaves(state))
+    # Orbax finds a full disk in its threads, after the fact, and tells by the page. It writes
+    # everything twice, besides some small files.
+    finish(manager)  # as `save` itself would: what is under way needs room, too
+    needed = 2 * sum(x.nbytes for x in jax.tree.leaves(state)) + 2**18
     if shutil.disk_usage(manager.directory).free < needed:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(manager.directory))
     items = ocp.args.Composite(

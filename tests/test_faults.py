@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from small_run import ROOT, SHORT, STAGES, Program, end_of, newest_state, without_times
 
-SIZES_KB = (20, 250, 700, 1100, 1600, 2200, 3000, 4000, 64000)
+SIZES_KB = (20, 250, 500, 700, 900, 1100, 1300, 1600, 1900, 2200, 3000, 64000)
 # Runs "$@" on a disk that is full, larger, and larger again, until it ends well.
 ON_A_SMALL_DISK = """
 disk=$1; log=$2; sizes=$3; shift 3
@@ -26,7 +26,7 @@ for size in $sizes; do
   status=$?
   echo "$size $status"
   [ $status -eq 0 ] && cp -r "$disk/run" "$log.run" && exit 0
-  find "$disk/run/checkpoints" -maxdepth 2 -name '[0-9]*' ! -name '*tmp*' >>"$log.found"
+  cp "$disk/run/results.json" "$log.$size.json" 2>/dev/null
 done
 exit 1
 """
@@ -92,8 +92,15 @@ def test_full_disk(program, undisturbed, tmp_path):
         output = (tmp_path / f"log.{size}").read_text()
         assert "Traceback" not in output, output
         line = output.splitlines()[-1]
+        print(line.split(". The run")[0].replace(str(disk), ""))
         assert line.startswith("lclseg: No space left on device: ") and str(disk) in line
     assert end_of(tmp_path / "log.run") == end_of(undisturbed)
+    # What was finished was not done again: its seconds are still there.
+    final = json.loads((tmp_path / "log.run" / "results.json").read_text())["results"]
+    found = [json.loads(p.read_text())["results"] for p in tmp_path.glob("log.*.json")]
+    assert found
+    for results in found:
+        assert results == {stage: final[stage] for stage in results}
 
 
 def test_workdir_that_may_not_be_written(program, tmp_path):
