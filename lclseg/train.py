@@ -453,8 +453,11 @@ def fit(
 
 def calibrate(run: Run, replicated: steps.TrainState, batches: dict[int, dict]) -> steps.TrainState:
     """The state with BatchNorm's statistics re-estimated from batches (by step), unreplicated."""
+    # One at a time: two runs at once may each hold a core and wait for their other device for ever.
     found = [
-        run.batch_statistics(replicated, batch, jax.random.fold_in(run.key, step))
+        jax.block_until_ready(
+            run.batch_statistics(replicated, batch, jax.random.fold_in(run.key, step))
+        )
         for step, batch in batches.items()
     ]
     mean = jax.tree.map(lambda *x: sum(x) / len(x), *found)
