@@ -32,7 +32,10 @@ MAX_JSON_BYTES = 2**20
 
 WANTED = {
     "format": (lambda v: v == FORMAT, repr(FORMAT)),
-    "version": (lambda v: v == VERSION, f"{VERSION}, the only one that this lclseg reads"),
+    "version": (
+        lambda v: is_whole(v, VERSION, VERSION),
+        f"{VERSION}, the only one that this lclseg reads",
+    ),
     "preprocessing": (lambda v: isinstance(v, dict), "an object"),
     "architecture": (lambda v: isinstance(v, dict), "an object"),
     "batch_size": (lambda v: is_whole(v, 1, MAX_BATCH), f"1..{MAX_BATCH}"),

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from lclseg import checkpoint, preprocessing, report, steps, train
@@ -50,7 +51,7 @@ def unet(preprocessing: Preprocessing, architecture: dict) -> UNet:
 def inference_state(params: dict, batch_stats: dict) -> steps.TrainState:
     """A state that can predict, and cannot be trained."""
     return steps.TrainState(
-        step=0, params={}, batch_stats=batch_stats, opt_state=(), ema_params=params
+        step=np.int32(0), params={}, batch_stats=batch_stats, opt_state=(), ema_params=params
     )
 
 

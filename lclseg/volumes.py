@@ -273,7 +273,8 @@ def write_like(path: Path, data: np.ndarray, reference: Path) -> None:
     ours = type(theirs)(endianness=theirs.endianness)
     for field in GEOMETRY_FIELDS:
         ours[field] = theirs[field]
-    ours["pixdim"][4:] = 1
+    if data.ndim == 4:
+        ours["pixdim"][4] = 1  # of the classes, which have no spacing
     ours.set_data_dtype(data.dtype)
     image = nib.Nifti2Image if isinstance(theirs, nib.Nifti2Header) else nib.Nifti1Image
     path.parent.mkdir(parents=True, exist_ok=True)
