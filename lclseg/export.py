@@ -202,22 +202,21 @@ def model_card(model: TrainedModel) -> str:
         volumes += f"; checkpoint chosen on {counts['validation']} validation volumes"
     spacing = f"{how.target_spacing_mm:g}"
     field_mm = how.image_size * how.target_spacing_mm
-    steps_of = [
+    before = [
         f"channel {how.channel} of 4-D files" if how.channel is not None else "",
         "N4 bias-field correction" if how.n4_shrink_factor else "",
         "intensities to [0, 1] by the 1st and 99th percentile of the volume",
         f"slices along the last axis of the file, resampled to {spacing} x {spacing} mm",
         f"cropped or padded to {how.image_size} x {how.image_size} pixels about the centre",
     ]
-    scores = report.aligned(
-        [
-            ["class", "label value", "test Dice"],
-            *(
-                [name, str(value), report.number(test and test["dice_per_class"][name], ".4f")]
-                for name, value in zip(how.class_names, how.label_values, strict=True)
-            ),
-        ]
+    scores = "\n".join(
+        f"| {name} | {value} | {report.number(test and test['dice_per_class'][name], '.4f')} |"
+        for name, value in zip(how.class_names, how.label_values, strict=True)
     )
+    before = "\n".join(f"* {step}" for step in before if step)
+    method = "supervised"
+    if facts["stage"] != "baseline":
+        method = "with pseudo-labels and the local contrastive loss of arXiv:2112.09645"
     if test is None:
         tested = "This checkpoint has not been tested."
     else:
@@ -230,8 +229,7 @@ def model_card(model: TrainedModel) -> str:
         )
     return f"""# {facts["dataset"]}: {", ".join(how.class_names)}
 
-A 2-D U-Net for volumes, trained by lclseg with a local contrastive loss and pseudo-labels
-(arXiv:2112.09645).
+A 2-D U-Net for volumes, trained by lclseg, {method}.
 
     python -m lclseg.predict --workdir=THIS_FOLDER --input=FILE_OR_FOLDER --output=FOLDER
 
@@ -244,15 +242,18 @@ Split {facts["split"]}, seed {facts["seed"]}; stage {facts["stage"]}, step {fact
 
 ## How good it is
 
-Validation Dice {facts["validation_dice"]:.4f}: the best of the run, chosen by it, so too high an
-estimate.
+Validation Dice {facts["validation_dice"]:.4f}: the best of the run, chosen
+by it, so too high an estimate.
 {tested}
 
+| class | label value | test Dice |
+|---|---|---|
 {scores}
 
 ## Before the network
 
-{"; ".join(s for s in steps_of if s)}.
+{before}
+
 lclseg.predict does it, and brings the result back onto the input.
 
 ## Intended use

@@ -94,8 +94,8 @@ def test_model_card(tiny_run, model, exported):
     assert "SYNTHETIC" in card and "1 labelled" in card and "2 validation volumes" in card
     assert f"Validation Dice {model.facts['validation_dice']:.4f}" in card
     assert f"Test, 2 volumes, 3-D, native geometry: mean Dice {test['mean_dice']:.4f}" in card
-    for name, value in test["dice_per_class"].items():
-        assert any(line.split()[::2] == [name, f"{value:.4f}"] for line in card.splitlines())
+    for k, (name, value) in enumerate(test["dice_per_class"].items(), start=1):
+        assert f"| {name} | {k} | {value:.4f} |\n" in card
     for heading in ("Intended use", "Limits", "Licence"):
         assert f"## {heading}" in card
 
@@ -105,7 +105,8 @@ def test_model_card_of_an_untested_model(model):
     how = model.preprocessing._replace(channel=1, n4_shrink_factor=4)
     card = export.model_card(model._replace(facts=facts, preprocessing=how))
     assert "has not been tested" in card
-    assert "channel 1 of 4-D files; N4 bias-field correction; intensities" in card
+    assert "* channel 1 of 4-D files\n* N4 bias-field correction\n* intensities" in card
+    assert "trained by lclseg, supervised." in card
 
 
 @pytest.mark.parametrize(
