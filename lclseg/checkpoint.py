@@ -11,8 +11,10 @@ from lclseg.steps import TrainState
 UNVALIDATED = -1.0  # below any Dice
 
 
-def open_stage(folder: Path) -> ocp.CheckpointManager:
+def open_stage(folder: Path, *, read_only: bool = False) -> ocp.CheckpointManager:
     """Manager of a stage's checkpoints; use it as a context manager, saves are asynchronous.
+
+    `read_only`: it changes nothing in the folder, where another process may be training.
 
     A checkpoint holds `state` (the TrainState) and `progress` (JSON). The newest and the one of
     highest validation Dice stay on disk.
@@ -24,7 +26,10 @@ def open_stage(folder: Path) -> ocp.CheckpointManager:
         ]
     )
     options = ocp.CheckpointManagerOptions(
-        best_fn=lambda metrics: metrics["dice"], best_mode="max", preservation_policy=policy
+        best_fn=lambda metrics: metrics["dice"],
+        best_mode="max",
+        preservation_policy=policy,
+        read_only=read_only,
     )
     return ocp.CheckpointManager(folder.absolute(), options=options)
 

@@ -13,6 +13,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from lclseg import volumes
+from lclseg.preprocessing import Preprocessing
 
 logger = logging.getLogger("lclseg")
 
@@ -52,6 +53,7 @@ class PreparedSet:
       volumes: index by volume id, in stored order.
       source: random-access source of slices.
       description: one line on what the set holds.
+      preprocessing: how volumes became slices; None: not known (sets made in memory).
     """
 
     name: str
@@ -61,6 +63,7 @@ class PreparedSet:
     volumes: Mapping[str, VolumeEntry]
     source: Any
     description: str = ""
+    preprocessing: Preprocessing | None = None
 
     @property
     def num_classes(self) -> int:
@@ -116,25 +119,17 @@ def open_prepared(
       volumes.VolumeError: no such builder; data folder missing or unlike the published one; a
         broken file.
     """
-    module_name = f"tfds_builders.{name}.{name}_dataset_builder"
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not module_name.startswith(error.name):
-            raise
-        raise volumes.VolumeError(
-            f"data.name is {name!r}, but there is no tfds_builders/{name}/{name}_dataset_builder.py"
-        ) from None
-    from tfds_builders import slices  # here: lclseg imports without the builders
-
-    config = slices.grid_config(
+    builder = open_builder(
+        name,
         image_size=image_size,
         target_spacing_mm=target_spacing_mm,
+        data_dir=data_dir,
         n4_shrink_factor=n4_shrink_factor,
     )
-    builder = module.Builder(config=config, data_dir=data_dir or None, file_format="array_record")
     if not builder.is_prepared():
         _prepare(builder, name, manual_dir)
+    from tfds_builders import slices  # here: lclseg imports without the builders
+
     metadata = builder.info.metadata
     entries = [
         VolumeEntry(
@@ -154,6 +149,52 @@ def open_prepared(
         volumes={e.volume_id: e for e in entries},
         source=builder.as_data_source(split=slices.SPLIT),
         description=builder.info.description,
+        preprocessing=preprocessing_of(builder),
+    )
+
+
+def open_builder(
+    name: str,
+    *,
+    image_size: int,
+    target_spacing_mm: float,
+    data_dir: str,
+    n4_shrink_factor: int = 0,
+) -> tfds.core.DatasetBuilder:
+    """The builder of `tfds_builders/<name>`, its set prepared or not; see `open_prepared`."""
+    module_name = f"tfds_builders.{name}.{name}_dataset_builder"
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not module_name.startswith(error.name):
+            raise
+        raise volumes.VolumeError(
+            f"data.name is {name!r}, but there is no tfds_builders/{name}/{name}_dataset_builder.py"
+        ) from None
+    from tfds_builders import slices  # here: lclseg imports without the builders
+
+    config = slices.grid_config(
+        image_size=image_size,
+        target_spacing_mm=target_spacing_mm,
+        n4_shrink_factor=n4_shrink_factor,
+    )
+    return module.Builder(config=config, data_dir=data_dir or None, file_format="array_record")
+
+
+def preprocessing_of(builder: tfds.core.DatasetBuilder) -> Preprocessing:
+    """How the volumes of a builder become slices, whether or not they have done so yet."""
+    metadata = builder.info.metadata
+    if "label_values" not in metadata:
+        # Prepared before sets stored these two. They changed no byte then, so the code's hold.
+        metadata = builder._info().metadata
+    config = builder.builder_config
+    return Preprocessing(
+        class_names=tuple(metadata["class_names"]),
+        label_values=tuple(metadata["label_values"]),
+        image_size=config.image_size,
+        target_spacing_mm=config.target_spacing_mm,
+        n4_shrink_factor=config.n4_shrink_factor,
+        channel=metadata["channel"],
     )
 
 

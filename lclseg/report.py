@@ -97,12 +97,12 @@ def table(results: dict) -> str:
         stages.append(
             [
                 stage + (" *" if stage == results.get("chosen") else ""),
-                _number(result["best_validation_dice"], ".4f"),
-                _number(test["mean_dice"], ".4f"),
-                "" if stage == "baseline" else _number(test["mean_dice"] - baseline, "+.4f"),
-                *(_number(test["dice_per_class"][c], ".4f") for c in classes),
-                _number(test["mean_hausdorff95_mm"], ".2f"),
-                _number(test["mean_assd_mm"], ".2f"),
+                number(result["best_validation_dice"], ".4f"),
+                number(test["mean_dice"], ".4f"),
+                "" if stage == "baseline" else number(test["mean_dice"] - baseline, "+.4f"),
+                *(number(test["dice_per_class"][c], ".4f") for c in classes),
+                number(test["mean_hausdorff95_mm"], ".2f"),
+                number(test["mean_assd_mm"], ".2f"),
                 str(test["n_missed"]),
             ]
         )
@@ -115,9 +115,9 @@ def table(results: dict) -> str:
                 str(labels["num_volumes"]),
                 str(len(labels["gate"]["rejected"])) if labels["gate"] else "-",
                 str(len(labels["empty_volumes"])),
-                _number(labels["mean_confidence"], ".3f"),
-                _number(labels["dice_with_previous_round"], ".4f"),
-                _number(labels["true_mean_dice"], ".4f"),
+                number(labels["mean_confidence"], ".3f"),
+                number(labels["dice_with_previous_round"], ".4f"),
+                number(labels["true_mean_dice"], ".4f"),
             ]
         )
         notes += [f"{stage}: {warning}" for warning in labels["warnings"]]
@@ -127,13 +127,13 @@ def table(results: dict) -> str:
         f"unlabelled, {len(volumes['validation'])} validation, {len(volumes['test'])} test "
         f"volumes; split {results['split']}, seed {results['seed']}; * best on validation"
     )
-    parts = [f"{results['description']}\n{caption}", _aligned(stages)]
+    parts = [f"{results['description']}\n{caption}", aligned(stages)]
     if len(pseudo) > 1:
-        parts.append("\n".join(["Pseudo-labels", _aligned(pseudo), *notes]))
+        parts.append("\n".join(["Pseudo-labels", aligned(pseudo), *notes]))
     return "\n\n".join(parts)
 
 
-def _aligned(rows: list[list[str]]) -> str:
+def aligned(rows: list[list[str]]) -> str:
     """Rows of cells as columns, a rule under the first row."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     rows = [rows[0], ["-" * w for w in widths], *rows[1:]]
@@ -141,5 +141,5 @@ def _aligned(rows: list[list[str]]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def _number(value: float | None, spec: str) -> str:
+def number(value: float | None, spec: str) -> str:
     return "-" if value is None else format(value, spec)

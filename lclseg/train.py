@@ -31,6 +31,7 @@ from lclseg import (
     consistency,
     evaluation,
     input_pipeline,
+    preprocessing,
     report,
     steps,
     tensorboard,
@@ -108,14 +109,19 @@ def set_up_process(config: ConfigDict) -> None:
     The CPU becomes one JAX device per core, as far as the batch divides among them: XLA's CPU
     gradients hardly use threads; several devices do. No effect on GPU and TPU.
     """
+    cores = len(os.sched_getaffinity(0))
+    common = math.gcd(config.data.labeled_batch_size, sum(config.data.pairs.values()))
+    auto = max(n for n in range(1, cores + 1) if common % n == 0)
+    set_up_jax(config.num_cpu_devices or auto)
+
+
+def set_up_jax(num_cpu_devices: int) -> None:
+    """Logging, the compilation cache and CPU devices; runs before JAX's first computation."""
     absl.logging.set_verbosity(absl.logging.ERROR)  # Orbax and TFDS log by the page
     logger.setLevel(logging.INFO)
     cache = Path("~/.cache/lclseg/xla").expanduser()
     jax.config.update("jax_compilation_cache_dir", str(cache))
-    cores = len(os.sched_getaffinity(0))
-    common = math.gcd(config.data.labeled_batch_size, sum(config.data.pairs.values()))
-    auto = max(n for n in range(1, cores + 1) if common % n == 0)
-    jax.config.update("jax_num_cpu_devices", config.num_cpu_devices or auto)
+    jax.config.update("jax_num_cpu_devices", num_cpu_devices)
 
 
 def make_optimizer(config: ConfigDict, num_steps: int) -> optax.GradientTransformation:
@@ -177,6 +183,8 @@ def start_run(
         return jax.pmap(step, axis_name=AXIS, in_axes=(0, 0, None), donate_argnums=(0,))
 
     claim_workdir(config, workdir)
+    # With it a prediction needs neither the prepared set nor the code that made it.
+    report.write_json(workdir / "preprocessing.json", preprocessing.to_json(prepared.preprocessing))
     return Run(
         config=config,
         workdir=workdir,
@@ -191,7 +199,7 @@ def start_run(
             axis_name=AXIS,
             in_axes=(0, 0, None),
         ),
-        predict=jax.pmap(functools.partial(steps.predict_step, model=model)),
+        predict=compiled_predict(model),
         stop_asked=stop_asked,
     )
 
@@ -260,6 +268,11 @@ def replicate(state: steps.TrainState) -> steps.TrainState:
     return jax.tree.map(place, state)
 
 
+def compiled_predict(model: UNet) -> Callable:
+    """(replicated state, images [N, M, H, W]) -> probabilities [N, M, H, W, C]."""
+    return jax.pmap(functools.partial(steps.predict_step, model=model))
+
+
 def predictor(
     run: Run,
     state: steps.TrainState,
@@ -267,20 +280,46 @@ def predictor(
     *,
     stoppable: bool = True,
 ) -> evaluation.Predict:
+    """A state's `batched_predictor`.
+
+    It stops when asked to, if `stoppable`: not in validation, which belongs to the step before it.
+    """
+    return batched_predictor(
+        run.predict,
+        state,
+        batch_size=run.config.data.eval_batch_size,
+        refine=refine,
+        stop_asked=run.stop_asked if stoppable else lambda: False,
+    )
+
+
+def batched_predictor(
+    compiled: Callable,
+    state: steps.TrainState,
+    *,
+    batch_size: int,
+    refine: Callable | None = None,
+    stop_asked: Callable[[], bool] = lambda: False,
+) -> evaluation.Predict:
     """Maps any number of slices [M, H, W] to probabilities [M, H, W, C].
 
-    One compiled shape, of all devices; a part of it that M does not fill is padding. `refine`, if
-    given, maps (slices, probabilities) to the probabilities returned. It stops when asked to, if
-    `stoppable`: not in validation, which belongs to the step before it.
+    One compiled shape, of all devices; a part of it that M does not fill is padding.
+
+    Args:
+      compiled: see `compiled_predict`.
+      state: whose averaged weights and statistics predict.
+      batch_size: slices at once, over all devices; rounded up to a multiple of their number.
+      refine: maps (slices, probabilities) to the probabilities returned.
+      stop_asked: where it gives True, `Interrupted` is raised.
     """
     num_devices = jax.local_device_count()
-    per_device = -(-run.config.data.eval_batch_size // num_devices)
+    per_device = -(-batch_size // num_devices)
     capacity = per_device * num_devices
     replicated = replicate(state)
 
     def forward(images: np.ndarray) -> np.ndarray:
         shape = images.shape[1:]
-        probs = run.predict(replicated, images.reshape(num_devices, per_device, *shape))
+        probs = compiled(replicated, images.reshape(num_devices, per_device, *shape))
         return np.asarray(probs).reshape(*images.shape, -1)
 
     def predict_chunk(images: np.ndarray) -> np.ndarray:
@@ -292,7 +331,7 @@ def predictor(
         return probs[: len(images)]
 
     def predict(images: np.ndarray) -> np.ndarray:
-        if stoppable and run.stop_asked():
+        if stop_asked():
             raise Interrupted("stopped while predicting volumes, which starts anew")
         chunks = [images[i : i + capacity] for i in range(0, len(images), capacity)]
         return np.concatenate([predict_chunk(chunk) for chunk in chunks])
