@@ -31,7 +31,7 @@ from lclseg import (
     consistency,
     evaluation,
     input_pipeline,
-    report,
+    run_files,
     steps,
     tensorboard,
 )
@@ -218,7 +218,7 @@ def claim_workdir(config: ConfigDict, workdir: Path) -> None:
     elif workdir.exists() and any(workdir.iterdir()):
         raise ConfigError(f"{workdir} is not empty and no lclseg run; choose another --workdir")
     workdir.mkdir(parents=True, exist_ok=True)
-    report.write_text(path, text)
+    run_files.write_text(path, text)
 
 
 def take_over_baseline(run: Run, results: dict) -> None:
@@ -228,7 +228,7 @@ def take_over_baseline(run: Run, results: dict) -> None:
       ConfigError: no finished baseline there, or one of another config.
     """
     source = Path(run.config.rounds.baseline_from).expanduser()
-    theirs = report.read_json(source / "results.json")
+    theirs = run_files.read_json(source / "results.json")
     if theirs is None or "baseline" not in theirs["results"]:
         raise ConfigError(f"rounds.baseline_from: no finished baseline in {source}")
     ours = json.loads((run.workdir / "config.json").read_text())
@@ -242,7 +242,7 @@ def take_over_baseline(run: Run, results: dict) -> None:
     for folder in ("checkpoints/baseline", "predictions/baseline"):
         shutil.copytree(source / folder, run.workdir / folder, dirs_exist_ok=True)
     results["results"]["baseline"] = theirs["results"]["baseline"]
-    report.write_json(run.workdir / "results.json", results)
+    run_files.write_json(run.workdir / "results.json", results)
 
 
 def replicate(state: steps.TrainState) -> steps.TrainState:
@@ -398,7 +398,7 @@ def fit(
             progress = {"validation": history, "labels_sha256": digest}
             checkpoint.save(manager, number, current, progress, dice)
 
-        report.forget_lines(run.workdir / "metrics.jsonl", stage, after_step=done)
+        run_files.forget_lines(run.workdir / "metrics.jsonl", stage, after_step=done)
         writer = stack.enter_context(
             tensorboard.open_writer(
                 run.workdir / "tensorboard" / stage, after_step=first_step + done
@@ -486,7 +486,7 @@ def check_finite(
             if records is not None
         }
         values = {k: str(v) for k, v in scalars.items()}
-        report.write_json(path, {"stage": stage, "step": number, "metrics": values, **slices})
+        run_files.write_json(path, {"stage": stage, "step": number, "metrics": values, **slices})
         raise FloatingPointError(
             f"{stage}, step {number}: {values}; {path} lists the slices of its batch. Look at "
             "their intensities, or try a lower optimizer.learning_rate or loss.contrastive_weight"
@@ -561,7 +561,7 @@ def finish_stage(
         "pseudo_labels": pseudo_labels.report if pseudo_labels else None,
         "seconds": round(time.monotonic() - started, 1),
     }
-    report.write_json(run.workdir / "results.json", results)
+    run_files.write_json(run.workdir / "results.json", results)
 
 
 def pseudo_label_pool(
@@ -649,7 +649,7 @@ def train_and_evaluate(
     """
     started = time.monotonic()
     run = start_run(config, workdir, stop_asked)
-    results = report.read_json(workdir / "results.json") or report.new_results(
+    results = run_files.read_json(workdir / "results.json") or run_files.new_results(
         config, run.prepared, run.split
     )
     if config.rounds.baseline_from and "baseline" not in results["results"]:
@@ -662,5 +662,5 @@ def train_and_evaluate(
         best, pseudo_labels = run_round(run, results, round_number, best, pseudo_labels)
     stages = results["results"]
     results["chosen"] = max(stages, key=lambda s: stages[s]["best_validation_dice"])
-    report.write_json(workdir / "results.json", results)
+    run_files.write_json(workdir / "results.json", results)
     return results
