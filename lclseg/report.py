@@ -1,4 +1,22 @@
-"""The table at the end of a run."""
+"""python -m lclseg.report RUN [RUN ...] [--output=FILE]
+
+Writes an HTML page on a run, finished or not, or a page that compares runs: summary, learning
+curves, Dice of each test volume, pictures of predictions and pseudo-labels, config. RUN is the
+--workdir of a run. Training writes the page, RUN/report.html, by itself.
+"""
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import absl.logging
+
+from lclseg.prepared import PreparedSet
+from lclseg.run_files import write_text
+
+logger = logging.getLogger("lclseg")
 
 
 def table(results: dict) -> str:
@@ -68,3 +86,64 @@ def _aligned(rows: list[list[str]]) -> str:
 
 def _number(value: float | None, spec: str) -> str:
     return "-" if value is None else format(value, spec)
+
+
+def write_page(workdirs: Sequence[Path], output: Path) -> None:
+    """Writes the page on the runs in some folders; pictures of what is prepared on this machine.
+
+    Raises:
+      page.RunError: a folder holds no run.
+    """
+    from lclseg import page  # here: it draws with matplotlib, which training alone needs not load
+
+    runs = []
+    for workdir, name in zip(workdirs, page.names_of(workdirs), strict=True):
+        run = page.read_run(workdir, name)
+        prepared, why = page.find_prepared(run.config)
+        runs.append(run._replace(prepared=prepared, why_no_pictures=why))
+    write_text(output, page.page(runs))
+
+
+def write_own_page(workdir: Path, prepared: PreparedSet | None) -> None:
+    """Writes a run's report.html, without pictures of volumes where `prepared` is None.
+
+    Never raises, since the page can be made again and a run's results not: what went wrong is
+    logged, with its traceback.
+    """
+    try:
+        from lclseg import page
+
+        why = "they come when the run is finished"
+        run = page.read_run(workdir, workdir.name, prepared, why)
+        write_text(workdir / "report.html", page.page([run]))
+    except Exception:
+        logger.exception(
+            "%s could not be written; the run and its results are not touched by this. To make the "
+            "page again: python -m lclseg.report %s",
+            workdir / "report.html",
+            workdir,
+        )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    from lclseg import page
+
+    description = __doc__.partition("\n\n")[2]
+    parser = argparse.ArgumentParser("python -m lclseg.report", description=description)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="workdir of a run")
+    parser.add_argument(
+        "--output", type=Path, help="default: report.html, in the folder of a single run, else here"
+    )
+    options = parser.parse_args(arguments)
+    absl.logging.set_verbosity(absl.logging.ERROR)  # TFDS tells of every grid that it opens
+    runs = list(dict.fromkeys(run.expanduser().absolute() for run in options.runs))
+    output = options.output or (runs[0] if len(runs) == 1 else Path()) / "report.html"
+    try:
+        write_page(runs, output.expanduser())
+    except page.RunError as error:
+        sys.exit(f"lclseg: {error}")
+    print(output)
+
+
+if __name__ == "__main__":
+    main()
