@@ -31,6 +31,7 @@ from lclseg import (
     consistency,
     evaluation,
     input_pipeline,
+    report,
     run_files,
     steps,
     tensorboard,
@@ -541,7 +542,10 @@ def finish_stage(
     started: float,
     pseudo_labels: PseudoLabels | None,
 ) -> None:
-    """Tests a stage's best checkpoint, once for a number of steps, and writes results.json."""
+    """Tests a stage's best checkpoint, once for a number of steps, and writes results.json.
+
+    And report.html, for who follows the run; its pictures of volumes come at the end.
+    """
     num_steps = history[-1]["step"]
     if results["results"].get(best.stage, {}).get("num_steps") == num_steps:
         return
@@ -562,6 +566,7 @@ def finish_stage(
         "seconds": round(time.monotonic() - started, 1),
     }
     run_files.write_json(run.workdir / "results.json", results)
+    report.write_own_page(run.workdir, None)
 
 
 def pseudo_label_pool(
@@ -663,4 +668,5 @@ def train_and_evaluate(
     stages = results["results"]
     results["chosen"] = max(stages, key=lambda s: stages[s]["best_validation_dice"])
     run_files.write_json(workdir / "results.json", results)
+    report.write_own_page(workdir, run.prepared)
     return results
