@@ -138,8 +138,9 @@ def reproducing_command(config: dict) -> str | None:
 
     Values other than those of `configs/<data set>.py` become overrides.
     """
-    path = CONFIGS / f"{config['data']['name']}.py"
-    if not path.exists():
+    name = config["data"]["name"]
+    path = CONFIGS / f"{name}.py"
+    if not name.isidentifier() or not path.exists():  # it is run: of this folder only
         return None
     stored = runpy.run_path(str(path))["get_config"]()
     defaults = json.loads(stored.to_json_best_effort())
@@ -153,6 +154,8 @@ def reproducing_command(config: dict) -> str | None:
         if name not in theirs or name not in ours or key.startswith("data.splits."):
             return None
         value = ours[name]
+        if value is None:  # no flag can say so
+            return None
         text = str(tuple(value) if isinstance(value, list) else value)
         overrides.append(shlex.quote(f"--config.{key}={text}"))
     return " ".join(["python -m lclseg.main", f"--config=configs/{path.name}", *overrides])
@@ -249,10 +252,12 @@ def _head(run: Run, level: int) -> str:
     rounds = run.config["rounds"]["num_rounds"]
     if "chosen" not in run.results:
         done = ", ".join(map(_named, run.stages)) or "no stage"
-        last = f", last step {run.lines[-1]['step']} of {_named(run.lines[-1]['stage'])}"
+        last = "".join(
+            f", last step {line['step']} of {_named(line['stage'])}" for line in run.lines[-1:]
+        )
         lines.append(
             f'<p class="warning">Not finished: {_text(done)} done, wanted the baseline and '
-            f"{rounds} rounds{_text(last) if run.lines else ''}. The command that began it goes on "
+            f"{rounds} rounds{_text(last)}. The command that began it goes on "
             "from there.</p>"
         )
     return "\n".join([*lines, "</header>"])
@@ -391,7 +396,7 @@ def _curves(run: Run, prefix: str, level: int) -> str:
         shown.append(_figure(svg, f"<b>Training loss</b>{keys}", "training loss over steps"))
     if dice:
         svg = figures.line_chart(
-            f"{prefix}-dice", dice, x_label="step", marks=marks, y_limits=(None, 1)
+            f"{prefix}-dice", dice, x_label="step", marks=marks, y_limits=(None, 1.02)
         )
         keys = _keys(["mean, best at the dot", *run.classes], ["var(--ink)", *_class_colors(run)])
         caption = f"<b>Validation Dice</b>{keys}"
@@ -429,17 +434,18 @@ def _dices(run: Run, class_name: str | None) -> list[tuple[str, list[float | Non
     return columns
 
 
-def _floor(columns_of: Iterable[Sequence[tuple[str, Sequence[float | None]]]]) -> float:
-    """Lower end of a Dice axis: a round number below all values."""
+def _limits(
+    columns_of: Iterable[Sequence[tuple[str, Sequence[float | None]]]],
+) -> tuple[float, float]:
+    """Ends of a Dice axis; room for whole points at 0 and at 1."""
     values = [v for columns in columns_of for _, c in columns for v in c if v is not None]
-    return (
-        np.floor(min(values, default=0) * 10 - 0.2) / 10 if min(values, default=0) > 0.3 else -0.03
-    )
+    lowest = min(values, default=0.0)
+    return (-0.03 if lowest < 0.3 else np.floor(10 * lowest - 0.3) / 10), 1.02
 
 
 def _strips(run: Run, prefix: str, level: int) -> str:
     by_class = {name: _dices(run, name) for name in (None, *run.classes)}
-    limits = (_floor(by_class.values()), 1.0)
+    limits = _limits(by_class.values())
     shown = []
     colors = (MUTED, *itertools.islice(itertools.cycle(SERIES), len(run.classes)))
     for k, (name, columns) in enumerate(by_class.items()):
@@ -504,9 +510,9 @@ def _test_pictures(run: Run, prefix: str) -> Iterator[str]:
         number = int(np.count_nonzero(areas, axis=(1, 2)).argmax())
         box = _box([truth[number], *(label[number] for label in found.values())])
         shown = []
-        for stage, label in found.items():
+        for k, (stage, label) in enumerate(found.items()):
             svg = figures.overlay(
-                f"{prefix}-{rank}-{stage}",
+                f"{prefix}-{rank}{k}",
                 image[number][box],
                 filled=truth[number][box],
                 outlined=label[number][box],
@@ -558,10 +564,9 @@ def _box(labels: Sequence[np.ndarray]) -> tuple[slice, slice]:
 
 
 def _pseudo_labels(run: Run, prefix: str) -> Iterator[str]:
-    folders = sorted(
-        (p.parent for p in (run.workdir / "pseudo_labels").glob("round_*/report.json")),
-        key=lambda folder: int(folder.name.partition("_")[2]),
-    )
+    found = [p.parent for p in (run.workdir / "pseudo_labels").glob("round_*/report.json")]
+    numbers = {folder: folder.name.removeprefix("round_") for folder in found}
+    folders = sorted((f for f in found if numbers[f].isdecimal()), key=lambda f: int(numbers[f]))
     reports = {folder.name: read_json(folder / "report.json") for folder in folders}
     for stage, result in run.stages.items():  # the folders may be elsewhere by now
         if result["pseudo_labels"]:
@@ -655,9 +660,9 @@ def _changed_pictures(run: Run, sets: Mapping[str, PseudoLabels], prefix: str) -
         number = int(changed.argmax())
         box = _box([truth[number], *(label[number] for label in own.values())])
         shown = []
-        for name, label in own.items():
+        for k, (name, label) in enumerate(own.items()):
             svg = figures.overlay(
-                f"{prefix}-changed{place}-{name}",
+                f"{prefix}-changed{place}-{k}",
                 image[number][box],
                 filled=truth[number][box] if entries[volume_id].has_label else None,
                 outlined=label[number][box],
@@ -763,7 +768,7 @@ def _comparison(runs: Sequence[Run]) -> Iterator[str]:
     shown = []
     for name, title, data, limits in (
         ("loss", "Training loss", lambda r: _logged(r, "loss"), (0, None)),
-        ("dice", "Validation Dice", lambda r: _validation(r, None), (None, 1)),
+        ("dice", "Validation Dice", lambda r: _validation(r, None), (None, 1.02)),
     ):
         lines = [
             Line(*data(run), color, dashed=k >= len(SERIES))
@@ -780,7 +785,7 @@ def _comparison(runs: Sequence[Run]) -> Iterator[str]:
     if tested:
         columns = [_dices(run, None) for run, _ in tested]
         options = {
-            "y_limits": (_floor(columns), 1.0),
+            "y_limits": _limits(columns),
             "num_places": max(MIN_PLACES, *map(len, columns)),
         }
         shown = [

@@ -110,6 +110,8 @@ def test_files_of_a_run(finished, data_dir):
         expected = line["segmentation_loss"] + 0.02 * line["contrastive_loss"]
         assert math.isclose(line["loss"], expected, rel_tol=1e-5)
     assert json.loads((workdir / "config.json").read_text())["model"]["filters"] == [4, 8]
+    page = (workdir / "report.html").read_text()
+    assert "Best: phantom_04" in page and "Changed most between rounds" in page
 
 
 def test_tensorboard_holds_the_scalars_and_pictures(finished):
