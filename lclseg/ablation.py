@@ -220,7 +220,7 @@ def find_baseline(config: ConfigDict, workdirs: Sequence[Path]) -> str:
 
 def run_missing(sweep: Sweep, workdir: Path, folder: Path) -> None:
     """Trains what is not in the results folder yet, and writes result and table after each run."""
-    from lclseg import report, train  # here: the processes that prepare volumes need no JAX
+    from lclseg import run_files, train  # here: the processes that prepare volumes need no JAX
 
     results = read_results(folder, sweep)
     finished = []
@@ -230,7 +230,7 @@ def run_missing(sweep: Sweep, workdir: Path, folder: Path) -> None:
         if name not in results:
             logger.info("%s, split %s, seed %d", *name)
             config = experiment.config
-            begun = report.read_json(run_dir / "config.json")
+            begun = run_files.read_json(run_dir / "config.json")
             config.rounds.baseline_from = (
                 begun["rounds"]["baseline_from"] if begun else find_baseline(config, finished)
             )

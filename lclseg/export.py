@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.lib import format as npy
 
-from lclseg import preprocessing, report, train, trained
+from lclseg import preprocessing, run_files, train, trained
 from lclseg.configuration import CHOICES
 from lclseg.preprocessing import Preprocessing, is_whole
 from lclseg.trained import ModelError, TrainedModel
@@ -85,7 +85,7 @@ def write_model(model: TrainedModel, folder: Path) -> None:
         "batch_size": model.batch_size,
         "facts": model.facts,
     }
-    report.write_json(folder / MODEL_FILE, content)
+    run_files.write_json(folder / MODEL_FILE, content)
 
 
 def read_model(folder: Path) -> TrainedModel:

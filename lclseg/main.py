@@ -31,7 +31,7 @@ def main(argv):
         return
     except train.USER_ERRORS as error:
         sys.exit(f"lclseg: {error}")
-    print(f"\n{report.table(results)}\n\n{workdir}")
+    print(f"\n{report.table(results)}\n\n{workdir}/report.html")
 
 
 if __name__ == "__main__":

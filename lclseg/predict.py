@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from lclseg import evaluation, export, metrics, preprocessing, report, train, trained, volumes
+from lclseg import evaluation, export, metrics, preprocessing, run_files, train, trained, volumes
 from lclseg.nifti_folder import SUFFIXES, Files, is_label, niftis, stem
 from lclseg.preprocessing import Preprocessing
 from lclseg.trained import ModelError, TrainedModel
@@ -314,7 +314,7 @@ def predict_files(
             | {k: m.facts[k] for k in ("dataset", "stage", "step", "validation_dice")}
             for m in models
         ]
-        report.write_json(outputs.metrics, {"models": described, **summary})
+        run_files.write_json(outputs.metrics, {"models": described, **summary})
     return summary
 
 

@@ -104,6 +104,7 @@ def open_prepared(
     data_dir: str,
     manual_dir: str,
     n4_shrink_factor: int = 0,
+    prepare: bool = True,
 ) -> PreparedSet:
     """Opens `tfds_builders/<name>`, preparing it first if that was not done yet.
 
@@ -114,10 +115,11 @@ def open_prepared(
         ~/tensorflow_datasets).
       manual_dir: folder with the downloaded volumes, for data sets that need one.
       n4_shrink_factor: of N4 bias-field correction, see `bias_field`; 0: none.
+      prepare: False: a set that is not prepared yet is an error.
 
     Raises:
       volumes.VolumeError: no such builder; data folder missing or unlike the published one; a
-        broken file.
+        broken file; not prepared, without `prepare`.
     """
     builder = open_builder(
         name,
@@ -127,6 +129,10 @@ def open_prepared(
         n4_shrink_factor=n4_shrink_factor,
     )
     if not builder.is_prepared():
+        if not prepare:
+            raise volumes.VolumeError(
+                f"data set {name} is not prepared in {builder.data_dir}; training prepares it"
+            )
         _prepare(builder, name, manual_dir)
     from tfds_builders import slices  # here: lclseg imports without the builders
 

@@ -33,6 +33,7 @@ from lclseg import (
     input_pipeline,
     preprocessing,
     report,
+    run_files,
     steps,
     tensorboard,
 )
@@ -184,7 +185,9 @@ def start_run(
 
     claim_workdir(config, workdir)
     # With it a prediction needs neither the prepared set nor the code that made it.
-    report.write_json(workdir / "preprocessing.json", preprocessing.to_json(prepared.preprocessing))
+    run_files.write_json(
+        workdir / "preprocessing.json", preprocessing.to_json(prepared.preprocessing)
+    )
     return Run(
         config=config,
         workdir=workdir,
@@ -226,7 +229,7 @@ def claim_workdir(config: ConfigDict, workdir: Path) -> None:
     elif workdir.exists() and any(workdir.iterdir()):
         raise ConfigError(f"{workdir} is not empty and no lclseg run; choose another --workdir")
     workdir.mkdir(parents=True, exist_ok=True)
-    report.write_text(path, text)
+    run_files.write_text(path, text)
 
 
 def take_over_baseline(run: Run, results: dict) -> None:
@@ -236,7 +239,7 @@ def take_over_baseline(run: Run, results: dict) -> None:
       ConfigError: no finished baseline there, or one of another config.
     """
     source = Path(run.config.rounds.baseline_from).expanduser()
-    theirs = report.read_json(source / "results.json")
+    theirs = run_files.read_json(source / "results.json")
     if theirs is None or "baseline" not in theirs["results"]:
         raise ConfigError(f"rounds.baseline_from: no finished baseline in {source}")
     ours = json.loads((run.workdir / "config.json").read_text())
@@ -250,7 +253,7 @@ def take_over_baseline(run: Run, results: dict) -> None:
     for folder in ("checkpoints/baseline", "predictions/baseline"):
         shutil.copytree(source / folder, run.workdir / folder, dirs_exist_ok=True)
     results["results"]["baseline"] = theirs["results"]["baseline"]
-    report.write_json(run.workdir / "results.json", results)
+    run_files.write_json(run.workdir / "results.json", results)
 
 
 def replicate(state: steps.TrainState) -> steps.TrainState:
@@ -437,7 +440,7 @@ def fit(
             progress = {"validation": history, "labels_sha256": digest}
             checkpoint.save(manager, number, current, progress, dice)
 
-        report.forget_lines(run.workdir / "metrics.jsonl", stage, after_step=done)
+        run_files.forget_lines(run.workdir / "metrics.jsonl", stage, after_step=done)
         writer = stack.enter_context(
             tensorboard.open_writer(
                 run.workdir / "tensorboard" / stage, after_step=first_step + done
@@ -525,7 +528,7 @@ def check_finite(
             if records is not None
         }
         values = {k: str(v) for k, v in scalars.items()}
-        report.write_json(path, {"stage": stage, "step": number, "metrics": values, **slices})
+        run_files.write_json(path, {"stage": stage, "step": number, "metrics": values, **slices})
         raise FloatingPointError(
             f"{stage}, step {number}: {values}; {path} lists the slices of its batch. Look at "
             "their intensities, or try a lower optimizer.learning_rate or loss.contrastive_weight"
@@ -580,7 +583,10 @@ def finish_stage(
     started: float,
     pseudo_labels: PseudoLabels | None,
 ) -> None:
-    """Tests a stage's best checkpoint, once for a number of steps, and writes results.json."""
+    """Tests a stage's best checkpoint, once for a number of steps, and writes results.json.
+
+    And report.html, for who follows the run; its pictures of volumes come at the end.
+    """
     num_steps = history[-1]["step"]
     if results["results"].get(best.stage, {}).get("num_steps") == num_steps:
         return
@@ -600,7 +606,8 @@ def finish_stage(
         "pseudo_labels": pseudo_labels.report if pseudo_labels else None,
         "seconds": round(time.monotonic() - started, 1),
     }
-    report.write_json(run.workdir / "results.json", results)
+    run_files.write_json(run.workdir / "results.json", results)
+    report.write_own_page(run.workdir, None)
 
 
 def pseudo_label_pool(
@@ -688,7 +695,7 @@ def train_and_evaluate(
     """
     started = time.monotonic()
     run = start_run(config, workdir, stop_asked)
-    results = report.read_json(workdir / "results.json") or report.new_results(
+    results = run_files.read_json(workdir / "results.json") or run_files.new_results(
         config, run.prepared, run.split
     )
     if config.rounds.baseline_from and "baseline" not in results["results"]:
@@ -701,5 +708,6 @@ def train_and_evaluate(
         best, pseudo_labels = run_round(run, results, round_number, best, pseudo_labels)
     stages = results["results"]
     results["chosen"] = max(stages, key=lambda s: stages[s]["best_validation_dice"])
-    report.write_json(workdir / "results.json", results)
+    run_files.write_json(workdir / "results.json", results)
+    report.write_own_page(workdir, run.prepared)
     return results

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from lclseg import checkpoint, preprocessing, report, steps, train
+from lclseg import checkpoint, preprocessing, run_files, steps, train
 from lclseg.models import UNet
 from lclseg.prepared import open_builder, preprocessing_of
 from lclseg.preprocessing import Preprocessing
@@ -64,7 +64,7 @@ def load_run(workdir: Path) -> TrainedModel:
       ModelError: no run, none of its checkpoints has been validated, or one that this version
         cannot read.
     """
-    content = report.read_json(workdir / "config.json")
+    content = run_files.read_json(workdir / "config.json")
     if content is None:
         raise ModelError(
             f"{workdir}: found neither config.json nor model.json; wanted the --workdir of a run, "
@@ -131,7 +131,7 @@ def _best_checkpoint(workdir: Path) -> tuple[str, int, float]:
 def _preprocessing(workdir: Path, config: ConfigDict) -> Preprocessing:
     """What the run recorded; of a run that did not yet do so, what the builder's code says."""
     path = workdir / "preprocessing.json"
-    content = report.read_json(path)
+    content = run_files.read_json(path)
     if content is not None:
         try:
             return preprocessing.from_json(content, str(path))
@@ -154,7 +154,7 @@ def _facts(workdir: Path, config: ConfigDict, stage: str, step: int, dice: float
     "seed"; "num_volumes", {role: int}, and "versions", None before the run's first test; "test",
     its means (see `metrics.summarize`, without volumes), None where this checkpoint is not tested.
     """
-    results = report.read_json(workdir / "results.json") or {}
+    results = run_files.read_json(workdir / "results.json") or {}
     tested = results.get("results", {}).get(stage)
     test = None
     # A stage may have become longer since, and better.
