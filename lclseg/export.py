@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.lib import format as npy
 
-from lclseg import preprocessing, run_files, train, trained
+from lclseg import preprocessing, report, run_files, train, trained
 from lclseg.configuration import CHOICES
 from lclseg.preprocessing import Preprocessing, is_whole
 from lclseg.trained import ModelError, TrainedModel

@@ -16,7 +16,17 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from lclseg import evaluation, export, metrics, preprocessing, run_files, train, trained, volumes
+from lclseg import (
+    evaluation,
+    export,
+    metrics,
+    preprocessing,
+    report,
+    run_files,
+    train,
+    trained,
+    volumes,
+)
 from lclseg.nifti_folder import SUFFIXES, Files, is_label, niftis, stem
 from lclseg.preprocessing import Preprocessing
 from lclseg.trained import ModelError, TrainedModel
