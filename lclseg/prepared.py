@@ -52,6 +52,9 @@ class PreparedSet:
       volumes: index by volume id, in stored order.
       source: random-access source of slices.
       description: one line on what the set holds.
+      label_values: [C] what the data set's own label files have for the classes 0, 1, ...; (): the
+        same numbers.
+      slice_axis: of the data set's own files; the prepared volumes have slices on the last axis.
     """
 
     name: str
@@ -61,6 +64,8 @@ class PreparedSet:
     volumes: Mapping[str, VolumeEntry]
     source: Any
     description: str = ""
+    label_values: tuple[int, ...] = ()
+    slice_axis: int = 2
 
     @property
     def num_classes(self) -> int:
@@ -101,6 +106,7 @@ def open_prepared(
     data_dir: str,
     manual_dir: str,
     n4_shrink_factor: int = 0,
+    options: Mapping[str, Any] | None = None,
 ) -> PreparedSet:
     """Opens `tfds_builders/<name>`, preparing it first if that was not done yet.
 
@@ -111,6 +117,7 @@ def open_prepared(
         ~/tensorflow_datasets).
       manual_dir: folder with the downloaded volumes, for data sets that need one.
       n4_shrink_factor: of N4 bias-field correction, see `bias_field`; 0: none.
+      options: what else the builder's `grid_config` takes, if it has one of its own.
 
     Raises:
       volumes.VolumeError: no such builder; data folder missing or unlike the published one; a
@@ -127,15 +134,18 @@ def open_prepared(
         ) from None
     from tfds_builders import slices  # here: lclseg imports without the builders
 
-    config = slices.grid_config(
+    config = getattr(module, "grid_config", slices.grid_config)(
         image_size=image_size,
         target_spacing_mm=target_spacing_mm,
         n4_shrink_factor=n4_shrink_factor,
+        **(options or {}),
     )
     builder = module.Builder(config=config, data_dir=data_dir or None, file_format="array_record")
     if not builder.is_prepared():
         _prepare(builder, name, manual_dir)
     metadata = builder.info.metadata
+    # Sets prepared before these two were stored: they changed no byte then, so the code's hold.
+    extra = metadata if "label_values" in metadata else builder._info().metadata
     entries = [
         VolumeEntry(
             volume_id=v["volume_id"],
@@ -154,6 +164,8 @@ def open_prepared(
         volumes={e.volume_id: e for e in entries},
         source=builder.as_data_source(split=slices.SPLIT),
         description=builder.info.description,
+        label_values=tuple(extra["label_values"]),
+        slice_axis=extra["slice_axis"],
     )
 
 

@@ -25,7 +25,15 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from lclseg import checkpoint, consistency, evaluation, input_pipeline, report, steps
+from lclseg import (
+    checkpoint,
+    consistency,
+    evaluation,
+    input_pipeline,
+    proposal,
+    report,
+    steps,
+)
 from lclseg.configuration import (
     JOINT_ONLY,
     ConfigError,
@@ -132,8 +140,11 @@ def start_run(
         n4_shrink_factor=config.data.n4_shrink_factor,
         data_dir=config.data.data_dir,
         manual_dir=config.data.manual_dir,
+        options=proposal.builder_options(config.data),
     )
-    split = resolve_split(config.data, prepared.volumes)
+    # Own data may be a mask to learn from, one to choose the checkpoint by, and no more.
+    own = config.data.name == proposal.NAME
+    split = resolve_split(config.data, prepared.volumes, may_lack_test=own)
     if config.rounds.num_rounds and not split.unlabeled:
         raise ConfigError(
             "there is no unlabelled volume to run rounds on; set rounds.num_rounds=0, or give some "
@@ -167,6 +178,7 @@ def start_run(
         return jax.pmap(step, axis_name=AXIS, in_axes=(0, 0, None), donate_argnums=(0,))
 
     claim_workdir(config, workdir)
+    report.write_json(workdir / "splits.json", split._asdict())
     return Run(
         config=config,
         workdir=workdir,
@@ -230,6 +242,8 @@ def take_over_baseline(run: Run, results: dict) -> None:
             f"{', '.join(keys[:8])}"
         )
     for folder in ("checkpoints/baseline", "predictions/baseline"):
+        if not (source / folder).exists():  # predictions, where there is nothing to test on
+            continue
         shutil.copytree(source / folder, run.workdir / folder, dirs_exist_ok=True)
     results["results"]["baseline"] = theirs["results"]["baseline"]
     report.write_json(run.workdir / "results.json", results)
@@ -609,6 +623,9 @@ def train_and_evaluate(
       Interrupted: `stop_asked` gave True; everything is saved.
     """
     started = time.monotonic()
+    config, proposed = proposal.complete(config)
+    if proposed:
+        logger.info("\n%s", proposed)
     run = start_run(config, workdir, stop_asked)
     results = report.read_json(workdir / "results.json") or report.new_results(
         config, run.prepared, run.split

@@ -72,9 +72,22 @@ def grid_config(
 
 
 def dataset_info(
-    builder: tfds.core.DatasetBuilder, *, class_names: Sequence[str], description: str, **kwargs
+    builder: tfds.core.DatasetBuilder,
+    *,
+    class_names: Sequence[str],
+    description: str,
+    label_values: Sequence[int] | None = None,
+    slice_axis: int = 2,
+    **kwargs,
 ) -> tfds.core.DatasetInfo:
-    """DatasetInfo of a slice data set; `class_names` are the foreground's, labels 1, 2, ..."""
+    """DatasetInfo of a slice data set.
+
+    Args:
+      class_names: of the foreground, classes 1, 2, ...
+      label_values: [C] what the label files have for the classes 0, 1, ..., 0 first; None: the same
+        numbers.
+      slice_axis: of the files; `generate_examples` gets volumes with slices on the last axis.
+    """
     size = builder.builder_config.image_size
     zlib, raw = tfds.features.Encoding.ZLIB, tfds.features.Encoding.BYTES
     tensor = tfds.features.Tensor
@@ -97,7 +110,12 @@ def dataset_info(
         features=tfds.features.FeaturesDict(features),
         # `volumes`, filled by `generate_examples`, is the index of the set: it is read whole at
         # start-up, so that no slice needs to be.
-        metadata=tfds.core.MetadataDict(class_names=list(class_names), volumes=[]),
+        metadata=tfds.core.MetadataDict(
+            class_names=list(class_names),
+            label_values=list(label_values or range(len(class_names) + 1)),
+            slice_axis=slice_axis,
+            volumes=[],
+        ),
         disable_shuffling=True,  # slices of a volume stay together and in order
         **kwargs,
     )

@@ -90,6 +90,7 @@ class Builder(tfds.core.GeneratorBasedBuilder):
         return slices.dataset_info(
             self,
             class_names=CLASS_NAMES,
+            label_values=(0, *RAW_VALUES),
             description="MM-WHS MR: myocardium of the left ventricle (1), left atrium (2), left "
             "ventricle (3), right atrium (4), right ventricle (5), ascending aorta (6), pulmonary "
             "artery (7).",
