@@ -1,7 +1,7 @@
 """NIfTI volumes: reading with checks, writing, and the maps between native and training geometry.
 
-Letters: X Y S native volume (slices on the last axis), H W training grid. No JAX in here, so that
-preprocessing workers start fast.
+Letters: X Y S native volume (slices on the last axis, see `slices_last`), H W training grid. No JAX
+in here, so that preprocessing workers start fast.
 
 One map per in-plane axis does resampling and crop-or-pad together: training pixel o lies at the
 native index (o - (H - 1) / 2) * target / spacing + (X - 1) / 2; the centres of both grids coincide

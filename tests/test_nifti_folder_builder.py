@@ -9,7 +9,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from lclseg import proposal, report, train
+from lclseg import evaluation, proposal, report, train
 from lclseg.configuration import ConfigError
 from lclseg.prepared import open_prepared
 from lclseg.splits import SplitError, draw_lists
@@ -248,8 +248,6 @@ def test_coarsest_axis_first(tmp_path):
     # A voxel has kept its place in the world.
     file = nib.load(tmp_path / "images" / "a.nii.gz")
     np.testing.assert_allclose(native.affine @ (7, 9, 2, 1), file.affine @ (2, 7, 9, 1))
-
-    from lclseg import evaluation
 
     def predict(images):  # the truth, whatever the image: [S, H, W] -> one-hot
         _, truth = prepared.read_slices(range(len(images)))
@@ -538,7 +536,7 @@ def test_a_run_with_two_masks(tmp_path):
     def run():
         config = config_of(folder, data_dir=str(tmp_path / "prepared"), labeled_batch_size=4)
         config.data.pairs.update(labeled_self=1, pseudo_self=1, labeled_pseudo=1, pseudo_pseudo=1)
-        config.model.filters = (4, 8)
+        config.model.filters = (4,)
         config.rounds.update(baseline_steps=2, steps_per_round=2, num_rounds=1, eval_every=2)
         config.rounds.calibration_batches = 0
         return train.train_and_evaluate(config, workdir)
