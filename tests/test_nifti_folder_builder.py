@@ -15,6 +15,7 @@ from lclseg.prepared import open_prepared
 from lclseg.splits import SplitError, draw_lists
 from lclseg.volumes import VolumeError
 from tfds_builders import slices
+from tfds_builders.mmwhs import mmwhs_dataset_builder as mmwhs
 
 ROOT = Path(__file__).parents[1]
 OPEN = {"labeled": (), "unlabeled": (), "validation": (), "test": ()}
@@ -199,6 +200,26 @@ def test_label_values_become_consecutive_classes(tmp_path, dtype):
     # Every voxel lies on the grid: 40 x 30 at 1 mm, the boxes within the middle 32.
     counts = sum(prepared.volumes["c0"].class_pixels)
     assert counts[1:].tolist() == [(raw == 205).sum(), (raw == 500).sum()]
+
+
+def test_label_values_of_sets_prepared_before_they_were_stored(tmp_path):
+    """The builder's code tells them; MM-WHS has values of its own."""
+    shape = (20, 20, 2)
+    label = np.zeros(shape, np.int16)
+    label[5:15, 5:15] = 420
+    write(tmp_path / "mr" / "mr_train_1001_image.nii.gz", image_of(0, shape))
+    write(tmp_path / "mr" / "mr_train_1001_label.nii.gz", label)
+    grid = {"image_size": 32, "target_spacing_mm": 1.0, "data_dir": str(tmp_path / "prepared")}
+    values = (0, *mmwhs.RAW_VALUES)
+    prepared = open_prepared("mmwhs", manual_dir=str(tmp_path / "mr"), **grid)
+    assert prepared.label_values == values
+    (path,) = (tmp_path / "prepared").rglob("metadata.json")
+    metadata = json.loads(path.read_text())
+    assert metadata.pop("label_values") == list(values)
+    assert metadata.pop("slice_axis") == 2
+    path.write_text(json.dumps(metadata))
+    old = open_prepared("mmwhs", manual_dir="", **grid)
+    assert (old.label_values, old.slice_axis) == (values, 2)
 
 
 def test_chosen_label_values(tmp_path):
