@@ -94,7 +94,9 @@ def evaluate(
         label = to_native_label(prepared, prediction.volume_id, prediction.probs)
         if save_to is not None:
             path = save_to / f"{prediction.volume_id}.nii.gz"
-            volumes.write_label(path, label, native.affine, native.spacing_mm)
+            volumes.write_label(
+                path, label, native.affine, native.spacing_mm, slice_axis=prepared.slice_axis
+            )
         records[prediction.volume_id] = metrics.volume_metrics(
             label,
             native.label,

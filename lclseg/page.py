@@ -17,8 +17,9 @@ from typing import NamedTuple
 
 import nibabel as nib
 import numpy as np
+from ml_collections import ConfigDict
 
-from lclseg import figures, volumes
+from lclseg import figures, proposal, volumes
 from lclseg.configuration import MACHINE_KEYS, differing_keys
 from lclseg.figures import INK, MUTED, SERIES, Line
 from lclseg.prepared import PreparedSet, open_prepared
@@ -102,9 +103,11 @@ def read_run(
 def find_prepared(config: dict) -> tuple[PreparedSet | None, str]:
     """The prepared set of a config read from JSON, or None and why; nothing is prepared."""
     keys = ("name", "image_size", "target_spacing_mm", "n4_shrink_factor", "data_dir", "manual_dir")
-    options = {k: v for k, v in config["data"].items() if k in keys}  # an old config may lack one
+    data = config["data"]
+    grid = {k: v for k, v in data.items() if k in keys}  # an old config may lack one
     try:
-        return open_prepared(**options, prepare=False), ""
+        options = proposal.builder_options(ConfigDict(data))
+        return open_prepared(**grid, options=options, prepare=False), ""
     except volumes.VolumeError as error:
         return None, str(error)
 

@@ -188,7 +188,7 @@ def mean_predictor(models: Sequence[TrainedModel]) -> evaluation.Predict:
 
 
 def read_case(case: Files, how: Preprocessing) -> tuple[volumes.Volume, np.ndarray | None]:
-    """Image and, where the case has a label, its classes [X, Y, S] uint8.
+    """Image, slices last, and, where the case has a label, its classes [X, Y, S] uint8.
 
     Raises:
       VolumeError: whatever keeps the case from being predicted or compared.
@@ -203,10 +203,12 @@ def read_case(case: Files, how: Preprocessing) -> tuple[volumes.Volume, np.ndarr
     # The published 4-D files, or one channel of them.
     four_dimensional = len(header.get_data_shape()) == 4
     image = volumes.read_image(case.image, channel=how.channel if four_dimensional else None)
-    if case.label is None:
-        return image, None
-    raw = volumes.read_raw_label(case.label, image, case.image)
-    return image, volumes.map_label_values(case.label, raw, how.label_values)
+    if case.label is not None:
+        raw = volumes.read_raw_label(case.label, image, case.image)
+        classes = volumes.map_label_values(case.label, raw, how.label_values)
+        image = image._replace(label=classes)
+    image = volumes.slices_last(image, how.slice_axis)
+    return image, image.label
 
 
 def check_cases(cases: Sequence[Files], how: Preprocessing) -> None:
@@ -262,12 +264,11 @@ def segment(
         back = {"shape": shape[:2], "target_spacing_mm": how.target_spacing_mm}
         label = volumes.probs_to_native_label(probs, spacing_mm, **back)
         if outputs.probabilities:
-            volumes.write_like(
-                outputs.probabilities[case_id],
-                volumes.probs_to_native(probs, spacing_mm, **back),
-                image_of[case_id],
-            )
-        volumes.write_like(outputs.labels[case_id], values[label], image_of[case_id])
+            native_probs = volumes.probs_to_native(probs, spacing_mm, **back)
+            filed = volumes.as_filed(native_probs, how.slice_axis)
+            volumes.write_like(outputs.probabilities[case_id], filed, image_of[case_id])
+        filed = volumes.as_filed(values[label], how.slice_axis)
+        volumes.write_like(outputs.labels[case_id], filed, image_of[case_id])
         if truth is not None:
             records[case_id] = metrics.volume_metrics(
                 label, truth, spacing_mm, class_names=how.class_names

@@ -69,6 +69,11 @@ class PreparedSet:
     def num_classes(self) -> int:
         return len(self.class_names) + 1
 
+    @property
+    def slice_axis(self) -> int:
+        """Of the data set's own files; the prepared volumes have slices on the last axis."""
+        return self.preprocessing.slice_axis if self.preprocessing else 2
+
     def read_slices(self, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """Images [B, H, W] float32 and labels [B, H, W] uint8 of the given records."""
         records = self.source.__getitems__([int(i) for i in indices])
@@ -105,6 +110,7 @@ def open_prepared(
     manual_dir: str,
     n4_shrink_factor: int = 0,
     prepare: bool = True,
+    options: Mapping[str, Any] | None = None,
 ) -> PreparedSet:
     """Opens `tfds_builders/<name>`, preparing it first if that was not done yet.
 
@@ -116,6 +122,7 @@ def open_prepared(
       manual_dir: folder with the downloaded volumes, for data sets that need one.
       n4_shrink_factor: of N4 bias-field correction, see `bias_field`; 0: none.
       prepare: False: a set that is not prepared yet is an error.
+      options: what else the builder's `grid_config` takes, if it has one of its own.
 
     Raises:
       volumes.VolumeError: no such builder; data folder missing or unlike the published one; a
@@ -127,6 +134,7 @@ def open_prepared(
         target_spacing_mm=target_spacing_mm,
         data_dir=data_dir,
         n4_shrink_factor=n4_shrink_factor,
+        options=options,
     )
     if not builder.is_prepared():
         if not prepare:
@@ -166,6 +174,7 @@ def open_builder(
     target_spacing_mm: float,
     data_dir: str,
     n4_shrink_factor: int = 0,
+    options: Mapping[str, Any] | None = None,
 ) -> tfds.core.DatasetBuilder:
     """The builder of `tfds_builders/<name>`, its set prepared or not; see `open_prepared`."""
     module_name = f"tfds_builders.{name}.{name}_dataset_builder"
@@ -179,10 +188,11 @@ def open_builder(
         ) from None
     from tfds_builders import slices  # here: lclseg imports without the builders
 
-    config = slices.grid_config(
+    config = getattr(module, "grid_config", slices.grid_config)(
         image_size=image_size,
         target_spacing_mm=target_spacing_mm,
         n4_shrink_factor=n4_shrink_factor,
+        **(options or {}),
     )
     return module.Builder(config=config, data_dir=data_dir or None, file_format="array_record")
 
@@ -191,7 +201,7 @@ def preprocessing_of(builder: tfds.core.DatasetBuilder) -> Preprocessing:
     """How the volumes of a builder become slices, whether or not they have done so yet."""
     metadata = builder.info.metadata
     if "label_values" not in metadata:
-        # Prepared before sets stored these two. They changed no byte then, so the code's hold.
+        # Prepared before sets stored these. They changed no byte then, so the code's hold.
         metadata = builder._info().metadata
     config = builder.builder_config
     return Preprocessing(
@@ -201,6 +211,7 @@ def preprocessing_of(builder: tfds.core.DatasetBuilder) -> Preprocessing:
         target_spacing_mm=config.target_spacing_mm,
         n4_shrink_factor=config.n4_shrink_factor,
         channel=metadata["channel"],
+        slice_axis=metadata.get("slice_axis", 2),
     )
 
 

@@ -13,8 +13,7 @@ from lclseg import volumes
 
 # What `to_slices` does whatever the values of a `Preprocessing`; stored beside them, so that a
 # version that does otherwise can tell.
-FIXED = {"slice_axis": 2, "percentiles": list(volumes.PERCENTILES)}
-MAX_LABEL_VALUE = 2**16 - 1
+FIXED = {"percentiles": list(volumes.PERCENTILES)}
 MAX_IMAGE_SIZE = 4096
 
 
@@ -28,6 +27,7 @@ class Preprocessing(NamedTuple):
       target_spacing_mm: in-plane spacing of the training grid.
       n4_shrink_factor: of N4 bias-field correction, see `bias_field`; 0: none.
       channel: which one of a 4-D file is the image; None: files are 3-D.
+      slice_axis: of the files; see `volumes.slices_last`.
     """
 
     class_names: tuple[str, ...]
@@ -36,6 +36,7 @@ class Preprocessing(NamedTuple):
     target_spacing_mm: float
     n4_shrink_factor: int
     channel: int | None
+    slice_axis: int = 2
 
 
 def to_slices(
@@ -94,7 +95,9 @@ def _are_names(value: Any) -> bool:
 
 
 def _are_label_values(value: Any) -> bool:
-    if not (isinstance(value, list) and all(is_whole(v, 1, MAX_LABEL_VALUE) for v in value)):
+    if not (
+        isinstance(value, list) and all(is_whole(v, 1, volumes.MAX_LABEL_VALUE) for v in value)
+    ):
         return False
     return len(set(value)) == len(value)
 
@@ -106,11 +109,12 @@ def _is_length(value: Any) -> bool:
 # Key: (is it right, what is wanted).
 WANTED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "class_names": (_are_names, "a list of different names"),
-    "label_values": (_are_label_values, f"different whole numbers 1..{MAX_LABEL_VALUE}"),
+    "label_values": (_are_label_values, f"different whole numbers 1..{volumes.MAX_LABEL_VALUE}"),
     "image_size": (lambda v: is_whole(v, 1, MAX_IMAGE_SIZE), f"1..{MAX_IMAGE_SIZE}"),
     "target_spacing_mm": (_is_length, "a number above 0"),
     "n4_shrink_factor": (lambda v: is_whole(v, 0, 64), "0..64"),
     "channel": (lambda v: v is None or is_whole(v, 0, 2**15), "null, or 0 or more"),
+    "slice_axis": (lambda v: is_whole(v, 0, 2), "0, 1 or 2"),
     **{
         key: (lambda v, fixed=fixed: v == fixed, f"{fixed}: this version knows no other")
         for key, fixed in FIXED.items()

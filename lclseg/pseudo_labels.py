@@ -135,7 +135,9 @@ def make_pseudo_labels(
         native = prepared.read_native(volume_id)
         native_label = evaluation.to_native_label(prepared, volume_id, probs)
         path = folder / f"{volume_id}.nii.gz"
-        volumes.write_label(path, native_label, native.affine, native.spacing_mm)
+        volumes.write_label(
+            path, native_label, native.affine, native.spacing_mm, slice_axis=prepared.slice_axis
+        )
         if native.label is not None:  # hidden from training; tells how good the pseudo-labels are
             true_metrics[volume_id] = metrics.volume_metrics(
                 native_label,

@@ -37,12 +37,14 @@ def table(results: dict) -> str:
     baseline = results["results"]["baseline"]["test"]["mean_dice"]
     for stage, result in results["results"].items():
         test = result["test"]
+        known = None not in (test["mean_dice"], baseline)
+        gain = test["mean_dice"] - baseline if known else None
         stages.append(
             [
                 stage + (" *" if stage == results.get("chosen") else ""),
                 number(result["best_validation_dice"], ".4f"),
                 number(test["mean_dice"], ".4f"),
-                "" if stage == "baseline" else number(test["mean_dice"] - baseline, "+.4f"),
+                "" if stage == "baseline" else number(gain, "+.4f"),
                 *(number(test["dice_per_class"][c], ".4f") for c in classes),
                 number(test["mean_hausdorff95_mm"], ".2f"),
                 number(test["mean_assd_mm"], ".2f"),

@@ -32,6 +32,7 @@ from lclseg import (
     evaluation,
     input_pipeline,
     preprocessing,
+    proposal,
     report,
     run_files,
     steps,
@@ -149,8 +150,11 @@ def start_run(
         n4_shrink_factor=config.data.n4_shrink_factor,
         data_dir=config.data.data_dir,
         manual_dir=config.data.manual_dir,
+        options=proposal.builder_options(config.data),
     )
-    split = resolve_split(config.data, prepared.volumes)
+    # Own data may be a mask to learn from, one to choose the checkpoint by, and no more.
+    own = config.data.name == proposal.NAME
+    split = resolve_split(config.data, prepared.volumes, may_lack_test=own)
     if config.rounds.num_rounds and not split.unlabeled:
         raise ConfigError(
             "there is no unlabelled volume to run rounds on; set rounds.num_rounds=0, or give some "
@@ -185,9 +189,9 @@ def start_run(
 
     claim_workdir(config, workdir)
     # With it a prediction needs neither the prepared set nor the code that made it.
-    run_files.write_json(
-        workdir / "preprocessing.json", preprocessing.to_json(prepared.preprocessing)
-    )
+    how = preprocessing.to_json(prepared.preprocessing)
+    run_files.write_json(workdir / "preprocessing.json", how)
+    run_files.write_json(workdir / "splits.json", split._asdict())
     return Run(
         config=config,
         workdir=workdir,
@@ -251,6 +255,8 @@ def take_over_baseline(run: Run, results: dict) -> None:
             f"{', '.join(keys[:8])}"
         )
     for folder in ("checkpoints/baseline", "predictions/baseline"):
+        if not (source / folder).exists():  # predictions, where there is nothing to test on
+            continue
         shutil.copytree(source / folder, run.workdir / folder, dirs_exist_ok=True)
     results["results"]["baseline"] = theirs["results"]["baseline"]
     run_files.write_json(run.workdir / "results.json", results)
@@ -694,6 +700,9 @@ def train_and_evaluate(
       Interrupted: `stop_asked` gave True; everything is saved.
     """
     started = time.monotonic()
+    config, proposed = proposal.complete(config)
+    if proposed:
+        logger.info("\n%s", proposed)
     run = start_run(config, workdir, stop_asked)
     results = run_files.read_json(workdir / "results.json") or run_files.new_results(
         config, run.prepared, run.split

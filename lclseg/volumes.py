@@ -1,7 +1,7 @@
 """NIfTI volumes: reading with checks, writing, and the maps between native and training geometry.
 
-Letters: X Y S native volume (slices on the last axis), H W training grid. No JAX in here, so that
-preprocessing workers start fast.
+Letters: X Y S native volume (slices on the last axis, see `slices_last`), H W training grid. No JAX
+in here, so that preprocessing workers start fast.
 
 One map per in-plane axis does resampling and crop-or-pad together: training pixel o lies at the
 native index (o - (H - 1) / 2) * target / spacing + (X - 1) / 2; the centres of both grids coincide
@@ -24,6 +24,7 @@ AFFINE_TOLERANCE = 1e-3
 # A header can ask for any amount of memory, and a few compressed kilobytes can fill it.
 MAX_VOXELS = 2**28  # 1024 x 1024 x 256
 MAX_HEADER_BYTES = 2**20  # with its extensions
+MAX_LABEL_VALUE = 2**16 - 1
 PERCENTILES = (1, 99)  # of a volume's intensities, mapped to 0 and 1
 # Of a NIfTI header: where the voxels lie, and in which units.
 GEOMETRY_FIELDS = (
@@ -51,6 +52,14 @@ class Volume(NamedTuple):
     label: np.ndarray | None
     affine: np.ndarray
     spacing_mm: tuple[float, float, float]
+
+
+class Geometry(NamedTuple):
+    """What the header of a volume tells: see `Volume`."""
+
+    shape: tuple[int, int, int]
+    spacing_mm: tuple[float, float, float]
+    affine: np.ndarray
 
 
 def _check_size(path: Path) -> None:
@@ -152,6 +161,33 @@ def read_image(path: Path, *, channel: int | None = None) -> Volume:
     if problems:
         raise VolumeError("\n".join(problems))
     return Volume(image, None, np.asarray(file.affine, np.float64), spacing_mm)
+
+
+def read_geometry(path: Path) -> Geometry:
+    """Shape, spacing and affine of a 3-D NIfTI image, from its header; no voxel is read.
+
+    Raises:
+      VolumeError: unreadable, not 3-D, or spacing not positive.
+    """
+    try:
+        _check_size(path)
+        file = nib.load(path)
+        shape, affine = file.shape, np.asarray(file.affine, np.float64)
+        spacing_mm = _stored_spacing(path, file)
+    except FileNotFoundError:
+        raise VolumeError(f"{path}: no such file") from None
+    except VolumeError:
+        raise
+    except Exception as error:  # see `_load_3d`
+        raise VolumeError(f"{path}: not readable as NIfTI ({error}); copy it again") from error
+    if len(shape) != 3:
+        raise VolumeError(
+            f"{path}: found an array of shape {shape}; wanted a 3-D volume: "
+            "of several channels or times, one file each"
+        )
+    if not all(np.isfinite(s) and s > 0 for s in spacing_mm):
+        raise VolumeError(f"{path}: voxel spacing is {spacing_mm} mm; wanted positive numbers")
+    return Geometry(shape, spacing_mm, affine)
 
 
 def read_raw_label(path: Path, image: Volume, image_path: Path) -> np.ndarray:
@@ -283,10 +319,37 @@ def write_like(path: Path, data: np.ndarray, reference: Path) -> None:
     os.replace(partial, path)
 
 
-def write_label(path: Path, label: np.ndarray, affine: np.ndarray, spacing_mm) -> None:
-    """Writes [X, Y, S] labels as a uint8 NIfTI file in millimetres, creating its folder."""
-    file = nib.Nifti1Image(label.astype(np.uint8), affine)
-    file.header.set_zooms(spacing_mm)
+def _axes_slices_last(slice_axis: int) -> list[int]:
+    return [axis for axis in range(3) if axis != slice_axis] + [slice_axis]
+
+
+def slices_last(volume: Volume, slice_axis: int) -> Volume:
+    """The same volume with axis `slice_axis` of its file (0, 1 or 2) last; see `write_label`."""
+    axes = _axes_slices_last(slice_axis)
+    return Volume(
+        image=volume.image.transpose(axes),
+        label=None if volume.label is None else volume.label.transpose(axes),
+        affine=volume.affine[:, [*axes, 3]],
+        spacing_mm=tuple(volume.spacing_mm[a] for a in axes),
+    )
+
+
+def as_filed(array: np.ndarray, slice_axis: int) -> np.ndarray:
+    """[X, Y, S] or [X, Y, S, C] with the axes of the file: the inverse of `slices_last`."""
+    axes = np.argsort(_axes_slices_last(slice_axis))
+    return array.transpose([*axes, *range(3, array.ndim)])
+
+
+def write_label(
+    path: Path, label: np.ndarray, affine: np.ndarray, spacing_mm, *, slice_axis: int = 2
+) -> None:
+    """Writes [X, Y, S] labels as a uint8 NIfTI file in millimetres, creating its folder.
+
+    `slice_axis` is the axis on which the file shall have its slices: the inverse of `slices_last`.
+    """
+    axes = np.argsort(_axes_slices_last(slice_axis))
+    file = nib.Nifti1Image(as_filed(label.astype(np.uint8), slice_axis), affine[:, [*axes, 3]])
+    file.header.set_zooms([spacing_mm[a] for a in axes])
     file.header.set_xyzt_units("mm")
     path.parent.mkdir(parents=True, exist_ok=True)
     nib.save(file, path)

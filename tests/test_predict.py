@@ -188,6 +188,27 @@ def test_round_trip_in_any_geometry(tmp_path, kind, shape):
     assert probs.shape == (*truth.shape, 3)
 
 
+@pytest.mark.parametrize("axis", [0, 1])
+def test_slices_may_lie_along_another_axis(tmp_path, axis):
+    """The same volume, axes in another order: the same result, axes in that order."""
+    affine, spacing = geometry("oblique")
+    image = two_balls((60, 44, 7), spacing) * np.float32(100)
+    axes = [0, 1, 2, 3]
+    axes.insert(axis, axes.pop(2))
+    write(tmp_path / "last" / "case.nii.gz", image, affine)
+    write(tmp_path / "other" / "case.nii.gz", image.transpose(axes[:3]), affine[:, axes])
+    results = {}
+    for name, how in (("last", HOW), ("other", HOW._replace(slice_axis=axis))):
+        out = tmp_path / f"{name}_out"
+        segment_one(tmp_path / name / "case.nii.gz", out, how=how, probabilities=True)
+        files = (nib.load(out / f"case{part}.nii.gz") for part in ("", "_probabilities"))
+        results[name] = [np.asarray(file.dataobj) for file in files]
+    for last, other in zip(results["last"], results["other"], strict=True):
+        assert last.std() > 0
+        order = axes[:3] + list(range(3, last.ndim))
+        np.testing.assert_array_equal(other, last.transpose(order))
+
+
 def test_outside_the_training_grid_is_background(tmp_path):
     affine, spacing = geometry("plain")
     shape = (130, 100, 3)

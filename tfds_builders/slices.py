@@ -78,6 +78,7 @@ def dataset_info(
     description: str,
     label_values: Sequence[int] | None = None,
     channel: int | None = None,
+    slice_axis: int = 2,
     **kwargs,
 ) -> tfds.core.DatasetInfo:
     """DatasetInfo of a slice data set.
@@ -87,6 +88,7 @@ def dataset_info(
       label_values: which the data set's own label files have for them, and predictions shall have;
         None: 1, 2, ...
       channel: of 4-D files, which one is the image; None: files are 3-D.
+      slice_axis: of the files; `generate_examples` gets volumes with slices on the last axis.
     """
     size = builder.builder_config.image_size
     zlib, raw = tfds.features.Encoding.ZLIB, tfds.features.Encoding.BYTES
@@ -114,6 +116,7 @@ def dataset_info(
             class_names=list(class_names),
             label_values=list(label_values or range(1, len(class_names) + 1)),
             channel=channel,
+            slice_axis=slice_axis,
             volumes=[],
         ),
         disable_shuffling=True,  # slices of a volume stay together and in order
