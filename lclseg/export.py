@@ -206,7 +206,8 @@ def model_card(model: TrainedModel) -> str:
         f"channel {how.channel} of 4-D files" if how.channel is not None else "",
         "N4 bias-field correction" if how.n4_shrink_factor else "",
         "intensities to [0, 1] by the 1st and 99th percentile of the volume",
-        f"slices along axis {how.slice_axis + 1} of the file, resampled to {spacing} x {spacing} mm",
+        f"slices along axis {how.slice_axis + 1} of the file",
+        f"in-plane resampling to {spacing} x {spacing} mm",
         f"cropped or padded to {how.image_size} x {how.image_size} pixels about the centre",
     ]
     scores = "\n".join(

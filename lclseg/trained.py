@@ -55,8 +55,10 @@ def inference_state(params: dict, batch_stats: dict) -> steps.TrainState:
     )
 
 
-def load_run(workdir: Path) -> TrainedModel:
+def load_run(workdir: Path, stage: str | None = None) -> TrainedModel:
     """The best model of a run: highest validation Dice of all stages that have a checkpoint.
+
+    With `stage`, "baseline" or "round_<k>": the best of that one.
 
     The run may be unfinished, even under way: nothing is changed in its folder.
 
@@ -71,7 +73,7 @@ def load_run(workdir: Path) -> TrainedModel:
             "or a folder that lclseg.export wrote"
         )
     config = ConfigDict(content)
-    stage, step, dice = _best_checkpoint(workdir)
+    stage, step, dice = _best_checkpoint(workdir, stage)
     how = _preprocessing(workdir, config)
     architecture = {
         "filters": list(config.model.filters),
@@ -104,9 +106,9 @@ def load_run(workdir: Path) -> TrainedModel:
     )
 
 
-def _best_checkpoint(workdir: Path) -> tuple[str, int, float]:
+def _best_checkpoint(workdir: Path, only: str | None) -> tuple[str, int, float]:
     """Stage, step and validation Dice; of equals, the earliest stage, as the run chooses."""
-    folders = [p for p in (workdir / "checkpoints").glob("*") if p.is_dir()]
+    folders = [p for p in (workdir / "checkpoints").glob(only or "*") if p.is_dir()]
     rounds = {
         p.name: int(number[1])
         for p in folders
@@ -122,8 +124,8 @@ def _best_checkpoint(workdir: Path) -> tuple[str, int, float]:
             found.append((stage, step, dice))
     if not found:
         raise ModelError(
-            f"{workdir}: no validated checkpoint in it yet; wanted one at least: let the run reach "
-            "its first validation (rounds.eval_every)"
+            f"{workdir}: no validated checkpoint of {only or 'any stage'} in it yet; wanted one at "
+            "least: let the run reach its first validation (rounds.eval_every)"
         )
     return max(found, key=lambda f: f[2])
 

@@ -528,7 +528,10 @@ def test_the_best_stage_is_loaded_and_the_run_left_alone(tiny_run):
     assert model.facts["validation_dice"] == chosen["best_validation_dice"]
     assert model.facts["test"]["mean_dice"] == chosen["test"]["mean_dice"]
     assert model.facts["num_volumes"] == {"labeled": 1, "unlabeled": 1, "validation": 2, "test": 2}
-    assert model.preprocessing == (("RV", "MYO", "LV"), (1, 2, 3), 32, 4.0, 0, None)
+    assert model.preprocessing == (("RV", "MYO", "LV"), (1, 2, 3), 32, 4.0, 0, None, 2)
+    for stage, result in results["results"].items():
+        one = trained.load_run(workdir, stage=stage).facts
+        assert (one["stage"], one["validation_dice"]) == (stage, result["best_validation_dice"])
 
 
 def test_partly_finished_runs(tiny_run, tmp_path):
