@@ -226,7 +226,7 @@ def run_missing(
     Raises:
       Interrupted: `stop_asked` gave True; finished runs and the one under way are saved.
     """
-    from lclseg import report, train  # here: the processes that prepare volumes need no JAX
+    from lclseg import run_files, train  # here: the processes that prepare volumes need no JAX
 
     results = read_results(folder, sweep)
     finished = []
@@ -236,7 +236,7 @@ def run_missing(
         if name not in results:
             logger.info("%s, split %s, seed %d", *name)
             config = experiment.config
-            begun = report.read_json(run_dir / "config.json")
+            begun = run_files.read_json(run_dir / "config.json")
             config.rounds.baseline_from = (
                 begun["rounds"]["baseline_from"] if begun else find_baseline(config, finished)
             )
@@ -245,8 +245,8 @@ def run_missing(
             path = folder / experiment.path.with_suffix(".json")
             path.parent.mkdir(parents=True, exist_ok=True)
             text = json.dumps(results[name], separators=(",", ":")) + "\n"
-            report.write_text(path, text)
-            report.write_text(folder / "README.md", markdown(sweep, results) + "\n")
+            run_files.write_text(path, text)
+            run_files.write_text(folder / "README.md", markdown(sweep, results) + "\n")
         if (run_dir / "results.json").exists():
             finished.append(run_dir)
 

@@ -46,8 +46,10 @@ def naming(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def open_stage(folder: Path) -> Iterator[ocp.CheckpointManager | None]:
+def open_stage(folder: Path, *, read_only: bool = False) -> Iterator[ocp.CheckpointManager | None]:
     """Manager of a stage's checkpoints; saves are asynchronous.
+
+    `read_only`: it changes nothing in the folder, where another process may be training.
 
     A checkpoint holds `state` (the TrainState) and `progress` (JSON). The newest and the one of
     highest validation Dice stay on disk.
@@ -55,7 +57,8 @@ def open_stage(folder: Path) -> Iterator[ocp.CheckpointManager | None]:
     if not processes.is_first():
         yield None
         return
-    folder.mkdir(parents=True, exist_ok=True)
+    if not read_only:
+        folder.mkdir(parents=True, exist_ok=True)
     policy = checkpoint_managers.AnyPreservationPolicy(
         [
             checkpoint_managers.LatestN(1),
@@ -70,6 +73,7 @@ def open_stage(folder: Path) -> Iterator[ocp.CheckpointManager | None]:
         multiprocessing_options=ocp_options.MultiprocessingOptions(
             active_processes={0} if processes.several() else None
         ),
+        read_only=read_only,
     )
     with naming(folder):
         manager = ocp.CheckpointManager(folder.absolute(), options=options)

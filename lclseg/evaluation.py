@@ -1,6 +1,6 @@
 """Slices -> volumes -> native geometry -> metrics. Letters: S slices, H W pixels, C classes."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,21 +24,41 @@ class VolumePrediction(NamedTuple):
 def predict_volumes(
     predict: Predict, prepared: PreparedSet, volume_ids: Sequence[str], *, batch_size: int
 ) -> Iterator[VolumePrediction]:
-    """Predicts volumes one after the other, in full batches that run across volume borders."""
-    records = [r for v in volume_ids for r in prepared.volumes[v].slices]
-    chunks = (records[i : i + batch_size] for i in range(0, len(records), batch_size))
-    images: list[np.ndarray] = []
-    probs: list[np.ndarray] = []
-    for volume_id in volume_ids:
-        num_slices = len(prepared.volumes[volume_id].slices)
-        while len(images) < num_slices:
-            batch, _ = prepared.read_slices(next(chunks))
-            images.extend(batch)
-            probs.extend(predict(batch))
-        yield VolumePrediction(
-            volume_id, np.stack(images[:num_slices]), np.stack(probs[:num_slices])
-        )
-        del images[:num_slices], probs[:num_slices]
+    """Predicts volumes of a prepared set, see `predict_images`."""
+    images = ((v, prepared.read_slices(prepared.volumes[v].slices)[0]) for v in volume_ids)
+    return predict_images(predict, images, batch_size=batch_size)
+
+
+def predict_images(
+    predict: Predict, images: Iterable[tuple[str, np.ndarray]], *, batch_size: int
+) -> Iterator[VolumePrediction]:
+    """Predicts volumes one after the other, in full batches that run across volume borders.
+
+    Args:
+      predict: slices -> class probabilities.
+      images: volume id and slices [S, H, W] of each volume, read when their turn comes.
+      batch_size: slices per call of `predict`.
+    """
+    waiting: list[tuple[str, np.ndarray]] = []  # volumes not yielded yet
+    slices: list[np.ndarray] = []  # not predicted yet
+    probs: list[np.ndarray] = []  # of the volumes that wait, as far as predicted
+
+    def complete() -> Iterator[VolumePrediction]:
+        while waiting and len(waiting[0][1]) <= len(probs):
+            volume_id, image = waiting.pop(0)
+            yield VolumePrediction(volume_id, image, np.stack(probs[: len(image)]))
+            del probs[: len(image)]
+
+    for volume_id, image in images:
+        waiting.append((volume_id, image))
+        slices.extend(image)
+        while len(slices) >= batch_size:
+            probs.extend(predict(np.stack(slices[:batch_size])))
+            del slices[:batch_size]
+        yield from complete()
+    if slices:
+        probs.extend(predict(np.stack(slices)))
+    yield from complete()
 
 
 def to_native_label(prepared: PreparedSet, volume_id: str, probs: np.ndarray) -> np.ndarray:
@@ -74,7 +94,9 @@ def evaluate(
         label = to_native_label(prepared, prediction.volume_id, prediction.probs)
         if save_to is not None:
             path = save_to / f"{prediction.volume_id}.nii.gz"
-            volumes.write_label(path, label, native.affine, native.spacing_mm)
+            volumes.write_label(
+                path, label, native.affine, native.spacing_mm, slice_axis=prepared.slice_axis
+            )
         records[prediction.volume_id] = metrics.volume_metrics(
             label,
             native.label,

@@ -40,7 +40,7 @@ def main(argv):
         except OSError as error:
             processes.end(f"lclseg: {interruption.disk_message(error, workdir)}")
     if processes.is_first():
-        print(f"\n{report.table(results)}\n\n{workdir}")
+        print(f"\n{report.table(results)}\n\n{workdir}/report.html")
 
 
 if __name__ == "__main__":

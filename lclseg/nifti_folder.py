@@ -27,23 +27,24 @@ def find_files(folder: Path) -> list[Files]:
     """
     for images, labels in (("images", "labels"), ("imagesTr", "labelsTr")):
         if (folder / images).is_dir():
-            label_of = {_stem(p): p for p in _niftis(folder / labels)}
+            label_of = {stem(p): p for p in niftis(folder / labels)}
             found = [
                 Files(_case_id(p), p, label_of.get(_case_id(p)))
                 for part in (images, "imagesTs" if images == "imagesTr" else None)
                 if part
-                for p in _niftis(folder / part)
+                for p in niftis(folder / part)
             ]
             return sorted(found)
     everything = [
         p for p in sorted(folder.rglob("*")) if p.name.endswith(SUFFIXES) and _visible(p, folder)
     ]
-    label_of = {p.parent / _stem(p).removesuffix("_gt"): p for p in everything if _is_label(p)}
-    images = [p for p in everything if not _is_label(p)]
-    return sorted(Files(_stem(p), p, label_of.get(p.parent / _stem(p))) for p in images)
+    label_of = {p.parent / stem(p).removesuffix("_gt"): p for p in everything if is_label(p)}
+    images = [p for p in everything if not is_label(p)]
+    return sorted(Files(stem(p), p, label_of.get(p.parent / stem(p))) for p in images)
 
 
-def _niftis(folder: Path) -> list[Path]:
+def niftis(folder: Path) -> list[Path]:
+    """The NIfTI files of a folder, not those in folders below; [] where there is no folder."""
     if not folder.is_dir():
         return []
     return [p for p in sorted(folder.iterdir()) if p.name.endswith(SUFFIXES) and p.name[0] != "."]
@@ -53,13 +54,15 @@ def _visible(path: Path, folder: Path) -> bool:
     return not any(part.startswith(".") for part in path.relative_to(folder).parts)
 
 
-def _stem(path: Path) -> str:
+def stem(path: Path) -> str:
+    """The file's name without .nii or .nii.gz."""
     return path.name.removesuffix(".gz").removesuffix(".nii")
 
 
 def _case_id(image: Path) -> str:
-    return _stem(image).removesuffix("_0000")
+    return stem(image).removesuffix("_0000")
 
 
-def _is_label(path: Path) -> bool:
-    return _stem(path).endswith("_gt")
+def is_label(path: Path) -> bool:
+    """Whether the name is that of a label which lies beside its image."""
+    return stem(path).endswith("_gt")

@@ -13,6 +13,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from lclseg import volumes
+from lclseg.preprocessing import Preprocessing
 
 logger = logging.getLogger("lclseg")
 
@@ -52,6 +53,7 @@ class PreparedSet:
       volumes: index by volume id, in stored order.
       source: random-access source of slices.
       description: one line on what the set holds.
+      preprocessing: how volumes became slices; None: not known (sets made in memory).
     """
 
     name: str
@@ -61,10 +63,16 @@ class PreparedSet:
     volumes: Mapping[str, VolumeEntry]
     source: Any
     description: str = ""
+    preprocessing: Preprocessing | None = None
 
     @property
     def num_classes(self) -> int:
         return len(self.class_names) + 1
+
+    @property
+    def slice_axis(self) -> int:
+        """Of the data set's own files; the prepared volumes have slices on the last axis."""
+        return self.preprocessing.slice_axis if self.preprocessing else 2
 
     def read_slices(self, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """Images [B, H, W] float32 and labels [B, H, W] uint8 of the given records."""
@@ -101,6 +109,8 @@ def open_prepared(
     data_dir: str,
     manual_dir: str,
     n4_shrink_factor: int = 0,
+    prepare: bool = True,
+    options: Mapping[str, Any] | None = None,
 ) -> PreparedSet:
     """Opens `tfds_builders/<name>`, preparing it first if that was not done yet.
 
@@ -111,30 +121,29 @@ def open_prepared(
         ~/tensorflow_datasets).
       manual_dir: folder with the downloaded volumes, for data sets that need one.
       n4_shrink_factor: of N4 bias-field correction, see `bias_field`; 0: none.
+      prepare: False: a set that is not prepared yet is an error.
+      options: what else the builder's `grid_config` takes, if it has one of its own.
 
     Raises:
       volumes.VolumeError: no such builder; data folder missing or unlike the published one; a
-        broken file.
+        broken file; not prepared, without `prepare`.
     """
-    module_name = f"tfds_builders.{name}.{name}_dataset_builder"
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not module_name.startswith(error.name):
-            raise
-        raise volumes.VolumeError(
-            f"data.name is {name!r}, but there is no tfds_builders/{name}/{name}_dataset_builder.py"
-        ) from None
-    from tfds_builders import slices  # here: lclseg imports without the builders
-
-    config = slices.grid_config(
+    builder = open_builder(
+        name,
         image_size=image_size,
         target_spacing_mm=target_spacing_mm,
+        data_dir=data_dir,
         n4_shrink_factor=n4_shrink_factor,
+        options=options,
     )
-    builder = module.Builder(config=config, data_dir=data_dir or None, file_format="array_record")
     if not builder.is_prepared():
+        if not prepare:
+            raise volumes.VolumeError(
+                f"data set {name} is not prepared in {builder.data_dir}; training prepares it"
+            )
         _prepare(builder, name, manual_dir)
+    from tfds_builders import slices  # here: lclseg imports without the builders
+
     metadata = builder.info.metadata
     entries = [
         VolumeEntry(
@@ -154,6 +163,55 @@ def open_prepared(
         volumes={e.volume_id: e for e in entries},
         source=builder.as_data_source(split=slices.SPLIT),
         description=builder.info.description,
+        preprocessing=preprocessing_of(builder),
+    )
+
+
+def open_builder(
+    name: str,
+    *,
+    image_size: int,
+    target_spacing_mm: float,
+    data_dir: str,
+    n4_shrink_factor: int = 0,
+    options: Mapping[str, Any] | None = None,
+) -> tfds.core.DatasetBuilder:
+    """The builder of `tfds_builders/<name>`, its set prepared or not; see `open_prepared`."""
+    module_name = f"tfds_builders.{name}.{name}_dataset_builder"
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not module_name.startswith(error.name):
+            raise
+        raise volumes.VolumeError(
+            f"data.name is {name!r}, but there is no tfds_builders/{name}/{name}_dataset_builder.py"
+        ) from None
+    from tfds_builders import slices  # here: lclseg imports without the builders
+
+    config = getattr(module, "grid_config", slices.grid_config)(
+        image_size=image_size,
+        target_spacing_mm=target_spacing_mm,
+        n4_shrink_factor=n4_shrink_factor,
+        **(options or {}),
+    )
+    return module.Builder(config=config, data_dir=data_dir or None, file_format="array_record")
+
+
+def preprocessing_of(builder: tfds.core.DatasetBuilder) -> Preprocessing:
+    """How the volumes of a builder become slices, whether or not they have done so yet."""
+    metadata = builder.info.metadata
+    if "label_values" not in metadata:
+        # Prepared before sets stored these. They changed no byte then, so the code's hold.
+        metadata = builder._info().metadata
+    config = builder.builder_config
+    return Preprocessing(
+        class_names=tuple(metadata["class_names"]),
+        label_values=tuple(metadata["label_values"]),
+        image_size=config.image_size,
+        target_spacing_mm=config.target_spacing_mm,
+        n4_shrink_factor=config.n4_shrink_factor,
+        channel=metadata["channel"],
+        slice_axis=metadata.get("slice_axis", 2),
     )
 
 

@@ -134,11 +134,13 @@ def make_pseudo_labels(
             empty.append(volume_id)
         if previous is not None and volume_id in previous.report["volume_ids"]:
             before = previous.read(records[rows])
-            agreement.append(_mean_foreground_dice(label, before, prepared.num_classes))
+            agreement.append(mean_foreground_dice(label, before, prepared.num_classes))
         native = prepared.read_native(volume_id)
         native_label = evaluation.to_native_label(prepared, volume_id, probs)
         path = folder / f"{volume_id}.nii.gz"
-        volumes.write_label(path, native_label, native.affine, native.spacing_mm)
+        volumes.write_label(
+            path, native_label, native.affine, native.spacing_mm, slice_axis=prepared.slice_axis
+        )
         if native.label is not None:  # hidden from training; tells how good the pseudo-labels are
             true_metrics[volume_id] = metrics.volume_metrics(
                 native_label,
@@ -278,6 +280,7 @@ def _count_classes(labels: np.ndarray, num_classes: int) -> np.ndarray:
     return np.stack(counts)
 
 
-def _mean_foreground_dice(label: np.ndarray, other: np.ndarray, num_classes: int) -> float:
+def mean_foreground_dice(label: np.ndarray, other: np.ndarray, num_classes: int) -> float:
+    """Mean Dice of two labellings over the classes that either shows; 1.0 where there is none."""
     scores = [metrics.dice(label == k, other == k) for k in range(1, num_classes)]
     return float(np.nanmean(scores)) if not np.isnan(scores).all() else 1.0

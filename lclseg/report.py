@@ -1,79 +1,22 @@
-"""results.json and the table at the end of a run."""
+"""python -m lclseg.report RUN [RUN ...] [--output=FILE]
 
-import importlib.metadata
-import json
-import os
-import platform
+Writes an HTML page on a run, finished or not, or a page that compares runs: summary, learning
+curves, Dice of each test volume, pictures of predictions and pseudo-labels, config. RUN is the
+--workdir of a run. Training writes the page, RUN/report.html, by itself.
+"""
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-import jax
-from ml_collections import ConfigDict
+import absl.logging
 
 from lclseg.prepared import PreparedSet
-from lclseg.splits import Split
+from lclseg.run_files import write_text
 
-PACKAGES = ("lclseg", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-
-
-def new_results(config: ConfigDict, prepared: PreparedSet, split: Split) -> dict:
-    """The head of results.json; `results` is filled stage by stage."""
-    device = jax.devices()[0]
-    return {
-        "dataset": prepared.name,
-        "description": prepared.description,
-        "class_names": list(prepared.class_names),
-        "image_size": prepared.image_size,
-        "target_spacing_mm": prepared.target_spacing_mm,
-        "seed": config.seed,
-        "num_labeled": config.data.num_labeled,
-        "split": config.data.split,
-        "volumes": {role: list(ids) for role, ids in split._asdict().items()},
-        "versions": {p: importlib.metadata.version(p) for p in PACKAGES}
-        | {"python": platform.python_version()},
-        "device": {
-            "kind": device.device_kind,
-            "platform": device.platform,
-            "count": len(jax.devices()),
-        },
-        "results": {},
-    }
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Writes JSON to a file that is whole at any moment."""
-    write_text(path, json.dumps(content, indent=2) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a file that is whole at any moment: a temporary one, then renamed."""
-    temporary = path.with_suffix(".partial")
-    temporary.write_text(text)
-    os.replace(temporary, path)
-
-
-def forget_lines(path: Path, stage: str, *, after_step: int) -> None:
-    """Takes out of metrics.jsonl what a stage that goes on from `after_step` will write again.
-
-    A line that was cut off while it was written goes, too.
-    """
-    if not path.exists():
-        return
-    lines = path.read_text().splitlines(keepends=True)
-    kept = []
-    for line in lines:
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            continue
-        if entry["stage"] != stage or entry["step"] <= after_step:
-            kept.append(line)
-    if kept != lines:
-        write_text(path, "".join(kept))
-
-
-def read_json(path: Path) -> dict | None:
-    """The file's content, None where there is no file."""
-    return json.loads(path.read_text()) if path.exists() else None
+logger = logging.getLogger("lclseg")
 
 
 def table(results: dict) -> str:
@@ -94,15 +37,17 @@ def table(results: dict) -> str:
     baseline = results["results"]["baseline"]["test"]["mean_dice"]
     for stage, result in results["results"].items():
         test = result["test"]
+        known = None not in (test["mean_dice"], baseline)
+        gain = test["mean_dice"] - baseline if known else None
         stages.append(
             [
                 stage + (" *" if stage == results.get("chosen") else ""),
-                _number(result["best_validation_dice"], ".4f"),
-                _number(test["mean_dice"], ".4f"),
-                "" if stage == "baseline" else _number(test["mean_dice"] - baseline, "+.4f"),
-                *(_number(test["dice_per_class"][c], ".4f") for c in classes),
-                _number(test["mean_hausdorff95_mm"], ".2f"),
-                _number(test["mean_assd_mm"], ".2f"),
+                number(result["best_validation_dice"], ".4f"),
+                number(test["mean_dice"], ".4f"),
+                "" if stage == "baseline" else number(gain, "+.4f"),
+                *(number(test["dice_per_class"][c], ".4f") for c in classes),
+                number(test["mean_hausdorff95_mm"], ".2f"),
+                number(test["mean_assd_mm"], ".2f"),
                 str(test["n_missed"]),
             ]
         )
@@ -115,9 +60,9 @@ def table(results: dict) -> str:
                 str(labels["num_volumes"]),
                 str(len(labels["gate"]["rejected"])) if labels["gate"] else "-",
                 str(len(labels["empty_volumes"])),
-                _number(labels["mean_confidence"], ".3f"),
-                _number(labels["dice_with_previous_round"], ".4f"),
-                _number(labels["true_mean_dice"], ".4f"),
+                number(labels["mean_confidence"], ".3f"),
+                number(labels["dice_with_previous_round"], ".4f"),
+                number(labels["true_mean_dice"], ".4f"),
             ]
         )
         notes += [f"{stage}: {warning}" for warning in labels["warnings"]]
@@ -127,13 +72,13 @@ def table(results: dict) -> str:
         f"unlabelled, {len(volumes['validation'])} validation, {len(volumes['test'])} test "
         f"volumes; split {results['split']}, seed {results['seed']}; * best on validation"
     )
-    parts = [f"{results['description']}\n{caption}", _aligned(stages)]
+    parts = [f"{results['description']}\n{caption}", aligned(stages)]
     if len(pseudo) > 1:
-        parts.append("\n".join(["Pseudo-labels", _aligned(pseudo), *notes]))
+        parts.append("\n".join(["Pseudo-labels", aligned(pseudo), *notes]))
     return "\n\n".join(parts)
 
 
-def _aligned(rows: list[list[str]]) -> str:
+def aligned(rows: list[list[str]]) -> str:
     """Rows of cells as columns, a rule under the first row."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     rows = [rows[0], ["-" * w for w in widths], *rows[1:]]
@@ -141,5 +86,66 @@ def _aligned(rows: list[list[str]]) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def _number(value: float | None, spec: str) -> str:
+def number(value: float | None, spec: str) -> str:
     return "-" if value is None else format(value, spec)
+
+
+def write_page(workdirs: Sequence[Path], output: Path) -> None:
+    """Writes the page on the runs in some folders; pictures of what is prepared on this machine.
+
+    Raises:
+      page.RunError: a folder holds no run.
+    """
+    from lclseg import page  # here: it draws with matplotlib, which training alone needs not load
+
+    runs = []
+    for workdir, name in zip(workdirs, page.names_of(workdirs), strict=True):
+        run = page.read_run(workdir, name)
+        prepared, why = page.find_prepared(run.config)
+        runs.append(run._replace(prepared=prepared, why_no_pictures=why))
+    write_text(output, page.page(runs))
+
+
+def write_own_page(workdir: Path, prepared: PreparedSet | None) -> None:
+    """Writes a run's report.html, without pictures of volumes where `prepared` is None.
+
+    Never raises, since the page can be made again and a run's results not: what went wrong is
+    logged, with its traceback.
+    """
+    try:
+        from lclseg import page
+
+        why = "they come when the run is finished"
+        run = page.read_run(workdir, workdir.name, prepared, why)
+        write_text(workdir / "report.html", page.page([run]))
+    except Exception:
+        logger.exception(
+            "%s could not be written; the run and its results are not touched by this. To make the "
+            "page again: python -m lclseg.report %s",
+            workdir / "report.html",
+            workdir,
+        )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    from lclseg import page
+
+    description = __doc__.partition("\n\n")[2]
+    parser = argparse.ArgumentParser("python -m lclseg.report", description=description)
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="workdir of a run")
+    parser.add_argument(
+        "--output", type=Path, help="default: report.html, in the folder of a single run, else here"
+    )
+    options = parser.parse_args(arguments)
+    absl.logging.set_verbosity(absl.logging.ERROR)  # TFDS tells of every grid that it opens
+    runs = list(dict.fromkeys(run.expanduser().absolute() for run in options.runs))
+    output = options.output or (runs[0] if len(runs) == 1 else Path()) / "report.html"
+    try:
+        write_page(runs, output.expanduser())
+    except page.RunError as error:
+        sys.exit(f"lclseg: {error}")
+    print(output)
+
+
+if __name__ == "__main__":
+    main()

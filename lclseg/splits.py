@@ -1,9 +1,14 @@
-"""Which patient plays which role: lists from the config, checked for overlap."""
+"""Which patient plays which role: lists from the config, checked for overlap, or drawn."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 from lclseg.prepared import VolumeEntry
+
+ROLES = ("labeled", "unlabeled", "validation", "test")
+VALIDATION_PATIENTS = 2
 
 
 class SplitError(ValueError):
@@ -19,7 +24,107 @@ class Split(NamedTuple):
     test: tuple[str, ...]
 
 
-def resolve_split(data_config, volumes: Mapping[str, VolumeEntry]) -> Split:
+def draw_lists(
+    rng: np.random.Generator,
+    classes_shown: Mapping[str, int],
+    *,
+    lists: Mapping[str, Sequence[str]],
+    num_labeled: str,
+    num_unlabeled: int,
+) -> tuple[dict[str, tuple[str, ...]], list[str]]:
+    """Draws labelled, validation and test patients among those with ground truth.
+
+    Labelled: `num_labeled` of them, out of those that show most classes. Validation: 2, or 1 where
+    fewer than 4 are left. Test: all that are left; but where every patient has ground truth, a
+    fifth of them, so that the others make the unlabelled pool. "all" labels all but validation and
+    test, again a fifth. Where `num_labeled` is all there are, one of them is for validation.
+
+    Args:
+      rng: random.
+      classes_shown: patients with ground truth -> number of foreground classes there.
+      lists: by role; a list that is not empty stays as it is.
+      num_labeled: a number, or "all".
+      num_unlabeled: of patients without ground truth.
+
+    Returns:
+      Lists of labelled, validation and test patients, and what is worth telling, line by line.
+
+    Raises:
+      SplitError: too few patients with ground truth, or num_labeled is no number.
+    """
+    if num_labeled != "all" and not (num_labeled.isdigit() and int(num_labeled)):
+        raise SplitError(f"data.num_labeled is {num_labeled!r}; wanted a number above 0, or 'all'")
+    named = {p for patients in lists.values() for p in patients}
+    free = [p for p in sorted(classes_shown) if p not in named]
+    free = [free[i] for i in rng.permutation(len(free))]
+
+    open_roles = {role for role in ROLES if not lists[role]}
+    least = len(open_roles & {"labeled", "validation"})
+    if "labeled" in open_roles and num_labeled != "all":
+        least = max(least, int(num_labeled))
+    if len(free) < least:
+        raise SplitError(
+            f"{len(free)} patients with ground truth{', those in lists left out' if named else ''};"
+            f" wanted at least {least}, to learn from and to choose the checkpoint by: add masks, "
+            "or lower data.num_labeled"
+        )
+    has_pool = num_unlabeled > 0 or "unlabeled" not in open_roles
+    count = _how_many(len(free), open_roles, num_labeled, has_pool=has_pool)
+
+    drawn = {"labeled": sorted(free, key=lambda p: -classes_shown[p])[: count["labeled"]]}
+    rest = [p for p in free if p not in drawn["labeled"]]
+    # A mask without foreground tells nothing of a checkpoint.
+    rest.sort(key=lambda p: classes_shown[p] == 0)
+    for role in ("validation", "test"):
+        drawn[role], rest = rest[: count[role]], rest[count[role] :]
+    found = {role: tuple(lists[role]) or tuple(sorted(drawn[role])) for role in drawn}
+
+    notes = [_role_note(role, found[role], role in open_roles) for role in found]
+    if rest and "unlabeled" in open_roles:
+        notes.append(
+            f"in the unlabelled pool: {num_unlabeled} cases, and {len(rest)} whose masks nothing "
+            "learns from"
+        )
+    elif "unlabeled" in open_roles:
+        notes.append(f"in the unlabelled pool: {num_unlabeled} cases")
+    if "labeled" in open_roles and num_labeled not in ("all", str(count["labeled"])):
+        notes.append(
+            f"WARNING: {count['labeled']} in place of data.num_labeled={num_labeled}, since a mask "
+            "is needed for validation"
+        )
+    if not found["test"]:
+        notes.append("WARNING: no mask is left to test on; there will be validation Dice only")
+    return found, notes
+
+
+def _how_many(
+    total: int, open_roles: Collection[str], num_labeled: str, *, has_pool: bool
+) -> dict[str, int]:
+    """How many of `total` patients with ground truth each role gets; see `draw_lists`."""
+    choose, validate, test = (r in open_roles for r in ("labeled", "validation", "test"))
+    fifth = max(1, round(total / 5))
+    if choose and num_labeled == "all":
+        num_validation = validate * (VALIDATION_PATIENTS if total >= 6 else 1)
+        num_test = test * min(fifth, total - num_validation - 1)
+        labeled = total - num_validation - num_test
+        return {"labeled": labeled, "validation": num_validation, "test": num_test}
+    labeled = min(int(num_labeled), total - validate) if choose else 0
+    left = total - labeled
+    num_validation = validate * (VALIDATION_PATIENTS if left >= 4 else 1)
+    left -= num_validation
+    # Without a pool nothing is semi-supervised: all but a fifth go there, their masks unused.
+    num_test = test * (left if has_pool else min(fifth, left, max(left - 1, 1)))
+    return {"labeled": labeled, "validation": num_validation, "test": num_test}
+
+
+def _role_note(role: str, patients: Sequence[str], is_drawn: bool) -> str:
+    some = ", ".join(patients[:4]) + (", ..." if len(patients) > 4 else "")
+    return f"data.{role}: {len(patients)} {'drawn' if is_drawn else 'given'}{some and ': ' + some}"
+
+
+def resolve_split(
+    data_config, volumes: Mapping[str, VolumeEntry], *, may_lack_test: bool = False
+) -> Split:
     """Turns the patient lists of `config.data` into volume ids.
 
     `data.splits[num_labeled][split]` holds the labelled and validation patients; `data.pool` and
@@ -30,6 +135,7 @@ def resolve_split(data_config, volumes: Mapping[str, VolumeEntry]) -> Split:
     Args:
       data_config: `config.data`.
       volumes: index of the prepared set.
+      may_lack_test: a run without test patients will do.
 
     Raises:
       SplitError: no such split; a patient twice, in two roles, not in the data set, or without
@@ -73,7 +179,7 @@ def resolve_split(data_config, volumes: Mapping[str, VolumeEntry]) -> Split:
         volumes_of.setdefault(entry.patient_id, []).append(entry)
     ids = {}
     for role, patients in lists.items():
-        if not patients and role != "unlabeled":
+        if not patients and role != "unlabeled" and not (role == "test" and may_lack_test):
             raise SplitError(f"no {role} patient is left; set data.{role}")
         missing = [p for p in patients if p not in volumes_of]
         if missing:

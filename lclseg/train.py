@@ -33,8 +33,11 @@ from lclseg import (
     consistency,
     evaluation,
     input_pipeline,
+    preprocessing,
     processes,
+    proposal,
     report,
+    run_files,
     steps,
     tensorboard,
 )
@@ -113,20 +116,26 @@ def set_up_process(config: ConfigDict) -> None:
     batch divides among them: XLA's CPU gradients hardly use threads; several devices do. No effect
     on GPU and TPU.
     """
-    # Orbax and TFDS log by the page, and raise what they log as errors.
-    absl.logging.set_verbosity(absl.logging.FATAL)
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-    threading.excepthook = tell_of_thread
-    cache = Path("~/.cache/lclseg/xla").expanduser()
-    jax.config.update("jax_compilation_cache_dir", str(cache))
     cluster = processes.settings()
     cores = len(os.sched_getaffinity(0))
     common = math.gcd(config.data.labeled_batch_size, sum(config.data.pairs.values()))
     common = max(1, common // cluster.get("num_processes", 1))
     auto = max(n for n in range(1, cores + 1) if common % n == 0)
-    jax.config.update("jax_num_cpu_devices", config.num_cpu_devices or auto)
+    set_up_jax(config.num_cpu_devices or auto)
     processes.connect(**cluster)
     logger.setLevel(logging.INFO if processes.is_first() else logging.ERROR)
+
+
+def set_up_jax(num_cpu_devices: int) -> None:
+    """Logging, the compilation cache and CPU devices; runs before JAX's first computation."""
+    # Orbax and TFDS log by the page, and raise what they log as errors.
+    absl.logging.set_verbosity(absl.logging.FATAL)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    threading.excepthook = tell_of_thread
+    logger.setLevel(logging.INFO)
+    cache = Path("~/.cache/lclseg/xla").expanduser()
+    jax.config.update("jax_compilation_cache_dir", str(cache))
+    jax.config.update("jax_num_cpu_devices", num_cpu_devices)
 
 
 def tell_of_thread(failed: threading.ExceptHookArgs) -> None:
@@ -161,9 +170,12 @@ def start_run(
             n4_shrink_factor=config.data.n4_shrink_factor,
             data_dir=config.data.data_dir,
             manual_dir=config.data.manual_dir,
+            options=proposal.builder_options(config.data),
         )
     check_processes_agree(config, prepared)
-    split = resolve_split(config.data, prepared.volumes)
+    # Own data may be a mask to learn from, one to choose the checkpoint by, and no more.
+    own = config.data.name == proposal.NAME
+    split = resolve_split(config.data, prepared.volumes, may_lack_test=own)
     if config.rounds.num_rounds and not split.unlabeled:
         raise ConfigError(
             "there is no unlabelled volume to run rounds on; set rounds.num_rounds=0, or give some "
@@ -203,6 +215,10 @@ def start_run(
         )
 
     claim_workdir(config, workdir)
+    # With it a prediction needs neither the prepared set nor the code that made it.
+    how = preprocessing.to_json(prepared.preprocessing)
+    run_files.write_json(workdir / "preprocessing.json", how)
+    run_files.write_json(workdir / "splits.json", split._asdict())
     return Run(
         config=config,
         workdir=workdir,
@@ -218,9 +234,7 @@ def start_run(
             in_axes=(0, 0, None),
             devices=processes.devices(),
         ),
-        predict=jax.pmap(
-            functools.partial(steps.predict_step, model=model), devices=jax.local_devices()
-        ),
+        predict=compiled_predict(model),
         stop_asked=lambda: processes.any_process(stop_asked()),
     )
 
@@ -269,7 +283,7 @@ def claim_workdir(config: ConfigDict, workdir: Path) -> None:
     elif workdir.exists() and any(p.name != "config.partial" for p in workdir.iterdir()):
         raise ConfigError(f"{workdir} is not empty and no lclseg run; choose another --workdir")
     workdir.mkdir(parents=True, exist_ok=True)
-    report.write_text(path, text)
+    run_files.write_text(path, text)
 
 
 def take_over_baseline(run: Run, results: dict) -> None:
@@ -279,7 +293,7 @@ def take_over_baseline(run: Run, results: dict) -> None:
       ConfigError: no finished baseline there, or one of another config.
     """
     source = Path(run.config.rounds.baseline_from).expanduser()
-    theirs = report.read_json(source / "results.json")
+    theirs = run_files.read_json(source / "results.json")
     if theirs is None or "baseline" not in theirs["results"]:
         raise ConfigError(f"rounds.baseline_from: no finished baseline in {source}")
     ours = json.loads((run.workdir / "config.json").read_text())
@@ -291,9 +305,11 @@ def take_over_baseline(run: Run, results: dict) -> None:
             f"{', '.join(keys[:8])}"
         )
     for folder in ("checkpoints/baseline", "predictions/baseline"):
+        if not (source / folder).exists():  # predictions, where there is nothing to test on
+            continue
         shutil.copytree(source / folder, run.workdir / folder, dirs_exist_ok=True)
     results["results"]["baseline"] = theirs["results"]["baseline"]
-    report.write_json(run.workdir / "results.json", results)
+    run_files.write_json(run.workdir / "results.json", results)
 
 
 def replicate(state: steps.TrainState) -> steps.TrainState:
@@ -311,6 +327,12 @@ def replicate(state: steps.TrainState) -> steps.TrainState:
     return jax.tree.map(place, state)
 
 
+def compiled_predict(model: UNet) -> Callable:
+    """(replicated state, images [N, M, H, W]) -> probabilities [N, M, H, W, C]."""
+    devices = jax.local_devices()
+    return jax.pmap(functools.partial(steps.predict_step, model=model), devices=devices)
+
+
 def predictor(
     run: Run,
     state: steps.TrainState,
@@ -318,22 +340,47 @@ def predictor(
     *,
     stoppable: bool = True,
 ) -> evaluation.Predict:
+    """A state's `batched_predictor`; of several processes, each predicts its part of the slices.
+
+    It stops when asked to, if `stoppable`: not in validation, which belongs to the step before it.
+    """
+    predict = batched_predictor(
+        run.predict,
+        state,
+        batch_size=-(-run.config.data.eval_batch_size // jax.process_count()),
+        refine=refine,
+        stop_asked=run.stop_asked if stoppable else lambda: False,
+    )
+    return processes.predict_together(predict)
+
+
+def batched_predictor(
+    compiled: Callable,
+    state: steps.TrainState,
+    *,
+    batch_size: int,
+    refine: Callable | None = None,
+    stop_asked: Callable[[], bool] = lambda: False,
+) -> evaluation.Predict:
     """Maps any number of slices [M, H, W] to probabilities [M, H, W, C].
 
-    One compiled shape, of all devices; a part of it that M does not fill is padding. `refine`, if
-    given, maps (slices, probabilities) to the probabilities returned. It stops when asked to, if
-    `stoppable`: not in validation, which belongs to the step before it.
+    One compiled shape, of this process' devices; a part of it that M does not fill is padding.
 
-    Of several processes, each predicts its part of the slices, and all get all probabilities.
+    Args:
+      compiled: see `compiled_predict`.
+      state: whose averaged weights and statistics predict.
+      batch_size: slices at once, over these devices; rounded up to a multiple of their number.
+      refine: maps (slices, probabilities) to the probabilities returned.
+      stop_asked: where it gives True, `Interrupted` is raised.
     """
     num_devices = jax.local_device_count()
-    per_device = -(-run.config.data.eval_batch_size // jax.device_count())
+    per_device = -(-batch_size // num_devices)
     capacity = per_device * num_devices
     replicated = replicate(state)
 
     def forward(images: np.ndarray) -> np.ndarray:
         shape = images.shape[1:]
-        probs = run.predict(replicated, images.reshape(num_devices, per_device, *shape))
+        probs = compiled(replicated, images.reshape(num_devices, per_device, *shape))
         return np.asarray(probs).reshape(*images.shape, -1)
 
     def predict_chunk(images: np.ndarray) -> np.ndarray:
@@ -345,12 +392,12 @@ def predictor(
         return probs[: len(images)]
 
     def predict(images: np.ndarray) -> np.ndarray:
-        if stoppable and run.stop_asked():
+        if stop_asked():
             raise Interrupted("stopped while predicting volumes, which starts anew")
         chunks = [images[i : i + capacity] for i in range(0, len(images), capacity)]
         return np.concatenate([predict_chunk(chunk) for chunk in chunks])
 
-    return processes.predict_together(predict)
+    return predict
 
 
 def evaluate_state(
@@ -454,7 +501,7 @@ def fit(
             progress = {"validation": history, "labels_sha256": digest}
             checkpoint.save(manager, number, current, progress, dice)
 
-        report.forget_lines(run.workdir / "metrics.jsonl", stage, after_step=done)
+        run_files.forget_lines(run.workdir / "metrics.jsonl", stage, after_step=done)
         writer = stack.enter_context(
             tensorboard.open_writer(
                 run.workdir / "tensorboard" / stage, after_step=first_step + done
@@ -510,8 +557,11 @@ def fit(
 
 def calibrate(run: Run, replicated: steps.TrainState, batches: dict[int, dict]) -> steps.TrainState:
     """The state with BatchNorm's statistics re-estimated from batches (by step), unreplicated."""
+    # One at a time: two runs at once may each hold a core and wait for their other device for ever.
     found = [
-        run.batch_statistics(replicated, batch, jax.random.fold_in(run.key, step))
+        jax.block_until_ready(
+            run.batch_statistics(replicated, batch, jax.random.fold_in(run.key, step))
+        )
         for step, batch in batches.items()
     ]
     mean = jax.tree.map(lambda *x: sum(x) / len(x), *found)
@@ -540,7 +590,7 @@ def check_finite(
             if records is not None
         }
         values = {k: str(v) for k, v in scalars.items()}
-        report.write_json(path, {"stage": stage, "step": number, "metrics": values, **slices})
+        run_files.write_json(path, {"stage": stage, "step": number, "metrics": values, **slices})
         raise FloatingPointError(
             f"{stage}, step {number}: {values}; {path} lists the slices of its batch. Look at "
             "their intensities, or try a lower optimizer.learning_rate or loss.contrastive_weight"
@@ -595,7 +645,10 @@ def finish_stage(
     started: float,
     pseudo_labels: PseudoLabels | None,
 ) -> None:
-    """Tests a stage's best checkpoint, once for a number of steps, and writes results.json."""
+    """Tests a stage's best checkpoint, once for a number of steps, and writes results.json.
+
+    And report.html, for who follows the run; its pictures of volumes come at the end.
+    """
     num_steps = history[-1]["step"]
     if results["results"].get(best.stage, {}).get("num_steps") == num_steps:
         return
@@ -615,7 +668,9 @@ def finish_stage(
         "pseudo_labels": pseudo_labels.report if pseudo_labels else None,
         "seconds": round(time.monotonic() - started, 1),
     }
-    report.write_json(run.workdir / "results.json", results)
+    run_files.write_json(run.workdir / "results.json", results)
+    if processes.is_first():
+        report.write_own_page(run.workdir, None)
 
 
 def pseudo_label_pool(
@@ -627,7 +682,7 @@ def pseudo_label_pool(
     """
     folder = run.workdir / "pseudo_labels" / f"round_{round_number}"
     made_by = {"stage": best.stage, "step": int(best.state.step)}
-    stored = report.read_json(folder / "report.json") or {}
+    stored = run_files.read_json(folder / "report.json") or {}
     if processes.json_from_first(stored.get("made_by")) == made_by:
         for name in ("labels.npy", "report.json"):
             processes.file_from_first(folder / name)
@@ -703,8 +758,11 @@ def train_and_evaluate(
       Interrupted: `stop_asked` gave True; everything is saved.
     """
     started = time.monotonic()
+    config, proposed = proposal.complete(config)
+    if proposed:
+        logger.info("\n%s", proposed)
     run = start_run(config, workdir, stop_asked)
-    results = report.read_json(workdir / "results.json") or report.new_results(
+    results = run_files.read_json(workdir / "results.json") or run_files.new_results(
         config, run.prepared, run.split
     )
     if config.rounds.baseline_from and "baseline" not in results["results"]:
@@ -719,5 +777,7 @@ def train_and_evaluate(
         best, pseudo_labels = run_round(run, results, round_number, best, pseudo_labels)
     stages = results["results"]
     results["chosen"] = max(stages, key=lambda s: stages[s]["best_validation_dice"])
-    report.write_json(workdir / "results.json", results)
+    run_files.write_json(workdir / "results.json", results)
+    if processes.is_first():
+        report.write_own_page(workdir, run.prepared)
     return results

@@ -20,7 +20,7 @@ _INPUT = flags.DEFINE_string("input", None, "Folder of NIfTI files.")
 _NUM_CLASSES = flags.DEFINE_integer(
     "num_classes",
     None,
-    "Labels must be 0..C-1; not given: any whole numbers 0..255.",
+    "Labels must be 0..C-1; not given: any whole numbers 0..65535.",
     lower_bound=2,
 )
 MIN_FOREGROUND_SLICES = 2  # of a labelled volume
@@ -31,7 +31,7 @@ def problems_of_folder(folder: Path, num_classes: int | None = None) -> Iterator
 
     Args:
       folder: see `nifti_folder.find_files`.
-      num_classes: labels must be 0..C-1; None: any whole numbers 0..255.
+      num_classes: labels must be 0..C-1; None: any whole numbers 0..65535.
     """
     if not folder.is_dir():
         yield f"{folder}: no such folder"
@@ -59,7 +59,7 @@ def problems_of_case(case: Files, num_classes: int | None = None) -> Iterator[st
         return
     try:
         label = volumes.read_raw_label(case.label, image, case.image)
-        highest = 255 if num_classes is None else num_classes - 1
+        highest = volumes.MAX_LABEL_VALUE if num_classes is None else num_classes - 1
         volumes.check_label_values(case.label, label, highest)
     except volumes.VolumeError as error:
         yield from str(error).splitlines()

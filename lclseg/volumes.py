@@ -1,24 +1,37 @@
 """NIfTI volumes: reading with checks, writing, and the maps between native and training geometry.
 
-Letters: X Y S native volume (slices on the last axis), H W training grid. No JAX in here, so that
-preprocessing workers start fast.
+Letters: X Y S native volume (slices on the last axis, see `slices_last`), H W training grid. No JAX
+in here, so that preprocessing workers start fast.
 
 One map per in-plane axis does resampling and crop-or-pad together: training pixel o lies at the
 native index (o - (H - 1) / 2) * target / spacing + (X - 1) / 2; the centres of both grids coincide
 and both spacings are kept exactly. The way back is the same map solved for o.
 """
 
+import contextlib
+import logging
 import math
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import nibabel as nib
 import numpy as np
 
+logger = logging.getLogger("lclseg")
 AFFINE_TOLERANCE = 1e-3
 # A header can ask for any amount of memory, and a few compressed kilobytes can fill it.
 MAX_VOXELS = 2**28  # 1024 x 1024 x 256
 MAX_HEADER_BYTES = 2**20  # with its extensions
+MAX_LABEL_VALUE = 2**16 - 1
+PERCENTILES = (1, 99)  # of a volume's intensities, mapped to 0 and 1
+# Of a NIfTI header: where the voxels lie, and in which units.
+GEOMETRY_FIELDS = (
+    *("pixdim", "xyzt_units", "qform_code", "sform_code"),
+    *("quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z"),
+    *("srow_x", "srow_y", "srow_z"),
+)
 
 
 class VolumeError(ValueError):
@@ -39,6 +52,14 @@ class Volume(NamedTuple):
     label: np.ndarray | None
     affine: np.ndarray
     spacing_mm: tuple[float, float, float]
+
+
+class Geometry(NamedTuple):
+    """What the header of a volume tells: see `Volume`."""
+
+    shape: tuple[int, int, int]
+    spacing_mm: tuple[float, float, float]
+    affine: np.ndarray
 
 
 def _check_size(path: Path) -> None:
@@ -65,21 +86,27 @@ def _check_size(path: Path) -> None:
                 )
 
 
-def _load_3d(path: Path, channel: int | None = None) -> tuple[np.ndarray, nib.Nifti1Image]:
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Makes a VolumeError of the dozen types that nibabel raises, zlib's and OSError among them."""
     try:
-        _check_size(path)
-        file = nib.load(path)
-        data = np.asarray(file.dataobj)
+        yield
     except FileNotFoundError:
         raise VolumeError(f"{path}: no such file") from None
     except VolumeError:
         raise
-    # nibabel raises a dozen types, zlib, EOFError and OSError among them.
     except Exception as error:
         raise VolumeError(
             f"{path}: not readable as NIfTI ({type(error).__name__}: {error}); "
             "the file is damaged or of another format: copy or download it again"
         ) from error
+
+
+def _load_3d(path: Path, channel: int | None = None) -> tuple[np.ndarray, nib.Nifti1Image]:
+    with _readable(path):
+        _check_size(path)
+        file = nib.load(path)
+        data = np.asarray(file.dataobj)
     if not isinstance(file, nib.Nifti1Image):
         raise VolumeError(f"{path}: found a {type(file).__name__}; wanted a NIfTI file")
     if channel is not None:
@@ -134,6 +161,33 @@ def read_image(path: Path, *, channel: int | None = None) -> Volume:
     if problems:
         raise VolumeError("\n".join(problems))
     return Volume(image, None, np.asarray(file.affine, np.float64), spacing_mm)
+
+
+def read_geometry(path: Path) -> Geometry:
+    """Shape, spacing and affine of a 3-D NIfTI image, from its header; no voxel is read.
+
+    Raises:
+      VolumeError: unreadable, not 3-D, or spacing not positive.
+    """
+    try:
+        _check_size(path)
+        file = nib.load(path)
+        shape, affine = file.shape, np.asarray(file.affine, np.float64)
+        spacing_mm = _stored_spacing(path, file)
+    except FileNotFoundError:
+        raise VolumeError(f"{path}: no such file") from None
+    except VolumeError:
+        raise
+    except Exception as error:  # see `_load_3d`
+        raise VolumeError(f"{path}: not readable as NIfTI ({error}); copy it again") from error
+    if len(shape) != 3:
+        raise VolumeError(
+            f"{path}: found an array of shape {shape}; wanted a 3-D volume: "
+            "of several channels or times, one file each"
+        )
+    if not all(np.isfinite(s) and s > 0 for s in spacing_mm):
+        raise VolumeError(f"{path}: voxel spacing is {spacing_mm} mm; wanted positive numbers")
+    return Geometry(shape, spacing_mm, affine)
 
 
 def read_raw_label(path: Path, image: Volume, image_path: Path) -> np.ndarray:
@@ -193,10 +247,109 @@ def check_label_values(path: Path, label: np.ndarray, highest: int) -> None:
         raise VolumeError(f"{path}: found label values {named}; wanted whole numbers 0..{highest}")
 
 
-def write_label(path: Path, label: np.ndarray, affine: np.ndarray, spacing_mm) -> None:
-    """Writes [X, Y, S] labels as a uint8 NIfTI file in millimetres, creating its folder."""
-    file = nib.Nifti1Image(label.astype(np.uint8), affine)
-    file.header.set_zooms(spacing_mm)
+def map_label_values(path: Path, raw: np.ndarray, values: Sequence[int]) -> np.ndarray:
+    """Classes 1, 2, ... in place of the label values of a data set; other values: background.
+
+    Those are logged, with their number of voxels. Where `values` are 1, 2, ... themselves, every
+    other value is an error.
+
+    Args:
+      path: named in errors.
+      raw: [X, Y, S], as the file has it.
+      values: of the classes 1, 2, ...
+
+    Returns:
+      [X, Y, S] uint8.
+
+    Raises:
+      VolumeError: none of the values occurs, or see above.
+    """
+    if tuple(values) == tuple(range(1, len(values) + 1)):
+        check_label_values(path, raw, len(values))
+        return raw.astype(np.uint8)
+    found, counts = np.unique(raw, return_counts=True)
+    if not np.isin(found, values).any():
+        raise VolumeError(
+            f"{path}: found label values {', '.join(f'{v:g}' for v in found[:8])}; wanted some of "
+            f"{', '.join(map(str, values))}"
+        )
+    odd = ~np.isin(found, (0, *values))
+    if odd.any():
+        # From a worker process, where an unconfigured logger writes warnings to stderr.
+        logger.warning(
+            "%s: unknown label values count as background: %s",
+            path,
+            ", ".join(f"{v:g} ({n} voxels)" for v, n in zip(found[odd], counts[odd], strict=True)),
+        )
+    label = np.zeros(raw.shape, np.uint8)
+    for c, value in enumerate(values, start=1):
+        label[raw == value] = c
+    return label
+
+
+def read_header(path: Path) -> nib.Nifti1Header:
+    """The header of a NIfTI file; raises VolumeError where it is not readable."""
+    with _readable(path):
+        _check_size(path)
+        return nib.load(path).header
+
+
+def write_like(path: Path, data: np.ndarray, reference: Path) -> None:
+    """Writes voxels that lie where those of another file do, creating the folder.
+
+    The file is whole at any moment: a hidden one, then renamed.
+
+    Args:
+      path: ends in .nii.gz.
+      data: [X, Y, S] or [X, Y, S, C], stored in its own type.
+      reference: NIfTI file. Its format, units, qform and sform are taken over to the bit, and
+        nothing else: texts and extensions of a header may name the patient.
+    """
+    theirs = read_header(reference)
+    ours = type(theirs)(endianness=theirs.endianness)
+    for field in GEOMETRY_FIELDS:
+        ours[field] = theirs[field]
+    if data.ndim == 4:
+        ours["pixdim"][4] = 1  # of the classes, which have no spacing
+    ours.set_data_dtype(data.dtype)
+    image = nib.Nifti2Image if isinstance(theirs, nib.Nifti2Header) else nib.Nifti1Image
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name.removesuffix('.nii.gz')}.partial.nii.gz")
+    nib.save(image(data, None, ours), partial)
+    os.replace(partial, path)
+
+
+def _axes_slices_last(slice_axis: int) -> list[int]:
+    return [axis for axis in range(3) if axis != slice_axis] + [slice_axis]
+
+
+def slices_last(volume: Volume, slice_axis: int) -> Volume:
+    """The same volume with axis `slice_axis` of its file (0, 1 or 2) last; see `write_label`."""
+    axes = _axes_slices_last(slice_axis)
+    return Volume(
+        image=volume.image.transpose(axes),
+        label=None if volume.label is None else volume.label.transpose(axes),
+        affine=volume.affine[:, [*axes, 3]],
+        spacing_mm=tuple(volume.spacing_mm[a] for a in axes),
+    )
+
+
+def as_filed(array: np.ndarray, slice_axis: int) -> np.ndarray:
+    """[X, Y, S] or [X, Y, S, C] with the axes of the file: the inverse of `slices_last`."""
+    axes = np.argsort(_axes_slices_last(slice_axis))
+    return array.transpose([*axes, *range(3, array.ndim)])
+
+
+def write_label(
+    path: Path, label: np.ndarray, affine: np.ndarray, spacing_mm, *, slice_axis: int = 2
+) -> None:
+    """Writes [X, Y, S] labels as a uint8 NIfTI file in millimetres, creating its folder.
+
+    `slice_axis` is the axis on which the file shall have its slices: the inverse of `slices_last`.
+    """
+    axes = np.argsort(_axes_slices_last(slice_axis))
+    file = nib.Nifti1Image(as_filed(label.astype(np.uint8), slice_axis), affine[:, [*axes, 3]])
+    file.header.set_zooms([spacing_mm[a] for a in axes])
     file.header.set_xyzt_units("mm")
     path.parent.mkdir(parents=True, exist_ok=True)
     nib.save(file, path)
@@ -207,7 +360,7 @@ def normalize_intensity(image: np.ndarray) -> np.ndarray:
 
     Where these two coincide (a nearly empty volume), minimum and maximum take their place.
     """
-    low, high = np.percentile(image, (1, 99))
+    low, high = np.percentile(image, PERCENTILES)
     if not high > low:
         low, high = image.min(), image.max()
     return ((image - low) / (high - low)).astype(np.float32)
@@ -270,6 +423,21 @@ def label_to_grid(label, spacing_mm, *, image_size: int, target_spacing_mm: floa
     return np.where(row_inside[:, None] & column_inside[None, :], slices, 0).astype(label.dtype)
 
 
+def _native_maps(probs, spacing_mm, shape, target_spacing_mm) -> tuple[np.ndarray, np.ndarray]:
+    """Interpolation along X [X, H] and Y [Y, W]: zero in rows outside the training grid."""
+    height, width = probs.shape[1:3]
+    return (
+        linear_matrix(shape[0], spacing_mm[0], height, target_spacing_mm),
+        linear_matrix(shape[1], spacing_mm[1], width, target_spacing_mm),
+    )
+
+
+def _native_slices(probs, rows, columns) -> Iterator[np.ndarray]:
+    """Yields the probabilities [C, X, Y] of each slice, all zero outside the training grid."""
+    for grid in probs:
+        yield rows @ np.moveaxis(grid, 2, 0).astype(np.float32) @ columns.T
+
+
 def probs_to_native_label(probs, spacing_mm, shape, *, target_spacing_mm: float) -> np.ndarray:
     """Inverse of `image_to_grid` for class probabilities, followed by argmax.
 
@@ -282,11 +450,23 @@ def probs_to_native_label(probs, spacing_mm, shape, *, target_spacing_mm: float)
     Returns:
       [X, Y, S] uint8. Native pixels outside the training grid are background.
     """
-    num_slices, height, width = probs.shape[:3]
-    rows = linear_matrix(shape[0], spacing_mm[0], height, target_spacing_mm)
-    columns = linear_matrix(shape[1], spacing_mm[1], width, target_spacing_mm)
-    label = np.empty((shape[0], shape[1], num_slices), np.uint8)
-    for s in range(num_slices):
-        native = rows @ np.moveaxis(probs[s], 2, 0).astype(np.float32) @ columns.T
+    rows, columns = _native_maps(probs, spacing_mm, shape, target_spacing_mm)
+    label = np.empty((shape[0], shape[1], len(probs)), np.uint8)
+    for s, native in enumerate(_native_slices(probs, rows, columns)):
         label[..., s] = native.argmax(axis=0)  # all zero outside the grid: argmax gives class 0
     return label
+
+
+def probs_to_native(probs, spacing_mm, shape, *, target_spacing_mm: float) -> np.ndarray:
+    """The probabilities whose argmax is `probs_to_native_label`; arguments as there.
+
+    Returns:
+      [X, Y, S, C] float32. Native pixels outside the training grid are background, with
+      probability 1.
+    """
+    rows, columns = _native_maps(probs, spacing_mm, shape, target_spacing_mm)
+    native = np.empty((shape[0], shape[1], len(probs), probs.shape[3]), np.float32)
+    for s, of_slice in enumerate(_native_slices(probs, rows, columns)):
+        native[:, :, s] = np.moveaxis(of_slice, 0, 2)
+    native[~(rows.any(axis=1)[:, None] & columns.any(axis=1)), :, 0] = 1
+    return native

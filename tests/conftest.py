@@ -1,4 +1,5 @@
 import os
+import runpy
 import tempfile
 from pathlib import Path
 
@@ -51,3 +52,30 @@ def golden_folder():
 def real_data_folder():
     """Downloaded data sets, as their publishers pack them."""
     return _real_data_subfolder("data")
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory):
+    """(workdir, results) of a finished run on six phantom volumes; it tested 004 and 005."""
+    from lclseg import train
+    from tfds_builders.phantom import phantom_dataset_builder as phantom
+
+    root = Path(__file__).resolve().parents[1]
+    config = runpy.run_path(str(root / "configs" / "phantom.py"))["get_config"]()
+    data = config.data
+    data.data_dir = str(tmp_path_factory.mktemp("data"))
+    data.image_size, data.target_spacing_mm = 32, 4.0
+    data.labeled, data.unlabeled = ("phantom_000",), ("phantom_001",)
+    data.validation, data.test = ("phantom_002", "phantom_003"), ("phantom_004", "phantom_005")
+    data.labeled_batch_size = 4
+    data.pairs.update(labeled_self=1, pseudo_self=1, labeled_pseudo=1, pseudo_pseudo=1)
+    data.view_min_classes = 1
+    data.eval_batch_size = 16
+    config.model.filters = (4, 8)
+    config.optimizer.update(ema_decay=0.0, learning_rate=0.01)
+    config.rounds.update(baseline_steps=20, num_rounds=1, steps_per_round=4, eval_every=4)
+    workdir = tmp_path_factory.mktemp("run") / "tiny"
+    cases = phantom.find_cases(6)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(phantom, "find_cases", lambda: cases)
+        return workdir, train.train_and_evaluate(config, workdir)

@@ -344,7 +344,11 @@ def test_mmwhs(tmp_path, capfd):
 def test_mmwhs_label_already_mapped(tmp_path):
     """Classes in place of raw values would all become background: an error, not a warning."""
     with pytest.raises(volumes.VolumeError, match=r"1001.*found label values 0, 1, 2.*205, 420"):
-        mmwhs.map_label(np.arange(8).reshape(2, 2, 2), path=tmp_path / "mr_train_1001_label.nii.gz")
+        volumes.map_label_values(
+            tmp_path / "mr_train_1001_label.nii.gz",
+            np.arange(8).reshape(2, 2, 2),
+            mmwhs.RAW_VALUES,
+        )
 
 
 @pytest.mark.parametrize(("shift", "fits"), [(5e-4, True), (5e-3, False)])

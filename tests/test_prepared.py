@@ -8,7 +8,7 @@ import pytest
 
 import tfds_builders
 from lclseg import volumes
-from lclseg.prepared import open_prepared
+from lclseg.prepared import open_builder, open_prepared, preprocessing_of
 from lclseg.volumes import VolumeError
 from tfds_builders.phantom import phantom_dataset_builder as phantom
 from tfds_builders.phantom import synthesis
@@ -160,3 +160,32 @@ def test_manual_dir_below_home(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     with pytest.raises(VolumeError, match=f"data.manual_dir: no folder {tmp_path}/acdc"):
         open_set("acdc", tmp_path / "data", "~/acdc")
+
+
+@pytest.mark.parametrize(
+    "name, label_values, channel",
+    [
+        ("mmwhs", (205, 420, 500, 550, 600, 820, 850), None),
+        ("prostate", (1, 2), 0),
+        ("acdc", (1, 2, 3), None),
+    ],
+)
+def test_preprocessing_is_known_before_a_set_is_prepared(tmp_path, name, label_values, channel):
+    builder = open_builder(name, **GRID, n4_shrink_factor=4, data_dir=str(tmp_path))
+    how = preprocessing_of(builder)
+    assert (how.label_values, how.channel, len(how.class_names)) == (
+        label_values,
+        channel,
+        len(label_values),
+    )
+    assert (how.image_size, how.target_spacing_mm, how.n4_shrink_factor) == (40, 2.5, 4)
+
+
+def test_preprocessing_of_sets_prepared_by_an_older_version(prepared, tmp_path):
+    """Their metadata have neither label values nor channel."""
+    builder = open_builder("phantom", **GRID, data_dir=str(tmp_path))
+    metadata = {k: v for k, v in builder.info.metadata.items() if k in ("class_names", "volumes")}
+    builder.info.metadata.clear()
+    builder.info.metadata.update(metadata)
+    assert preprocessing_of(builder) == prepared.preprocessing
+    assert prepared.preprocessing == (("RV", "MYO", "LV"), (1, 2, 3), 40, 2.5, 0, None, 2)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from tensorboardX.proto import event_pb2
 
-from lclseg import checkpoint, report, train
+from lclseg import checkpoint, report, run_files, train
 from lclseg.configuration import ConfigError
 from lclseg.interruption import Interrupted
 from lclseg.pseudo_labels import PseudoLabelError
@@ -110,6 +110,8 @@ def test_files_of_a_run(finished, data_dir):
         expected = line["segmentation_loss"] + 0.02 * line["contrastive_loss"]
         assert math.isclose(line["loss"], expected, rel_tol=1e-5)
     assert json.loads((workdir / "config.json").read_text())["model"]["filters"] == [4, 8]
+    page = (workdir / "report.html").read_text()
+    assert "Best: phantom_04" in page and "Changed most between rounds" in page
 
 
 def test_tensorboard_holds_the_scalars_and_pictures(finished):
@@ -371,7 +373,7 @@ def test_gate_in_a_run(data_dir, tmp_path, monkeypatch):
     with pytest.raises(PseudoLabelError, match=r"above 0\.9 .*pseudo_labels\.min_agreement"):
         train.train_and_evaluate(config, tmp_path / "run")
     assert len(set(seen)) == 3  # each volume draws for itself
-    assert list(report.read_json(tmp_path / "run" / "results.json")["results"]) == ["baseline"]
+    assert list(run_files.read_json(tmp_path / "run" / "results.json")["results"]) == ["baseline"]
     # Predicted anew by the same command.
     seen.clear()
     agreements = [0.1, 0.95, 0.91, 0.5, 0.5, 0.5]
@@ -380,7 +382,7 @@ def test_gate_in_a_run(data_dir, tmp_path, monkeypatch):
     assert labels["volume_ids"] == ["phantom_011", "phantom_012"]
     assert labels["gate"]["rejected"] == ["phantom_010"]
     # The finished model's own: none passes, so these stay.
-    after = report.read_json(tmp_path / "run" / "pseudo_labels" / "round_2" / "report.json")
+    after = run_files.read_json(tmp_path / "run" / "pseudo_labels" / "round_2" / "report.json")
     assert after["volume_ids"] == labels["volume_ids"]
     assert "above 0.9" in after["kept_previous"]
 

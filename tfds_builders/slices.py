@@ -20,7 +20,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from tqdm import tqdm
 
-from lclseg import volumes
+from lclseg import preprocessing, volumes
 
 SPLIT = (
     "slices"  # Roles (labelled, unlabelled, validation, test) are chosen by patient in the config.
@@ -72,9 +72,24 @@ def grid_config(
 
 
 def dataset_info(
-    builder: tfds.core.DatasetBuilder, *, class_names: Sequence[str], description: str, **kwargs
+    builder: tfds.core.DatasetBuilder,
+    *,
+    class_names: Sequence[str],
+    description: str,
+    label_values: Sequence[int] | None = None,
+    channel: int | None = None,
+    slice_axis: int = 2,
+    **kwargs,
 ) -> tfds.core.DatasetInfo:
-    """DatasetInfo of a slice data set; `class_names` are the foreground's, labels 1, 2, ..."""
+    """DatasetInfo of a slice data set.
+
+    Args:
+      class_names: of the foreground, labels 1, 2, ...
+      label_values: which the data set's own label files have for them, and predictions shall have;
+        None: 1, 2, ...
+      channel: of 4-D files, which one is the image; None: files are 3-D.
+      slice_axis: of the files; `generate_examples` gets volumes with slices on the last axis.
+    """
     size = builder.builder_config.image_size
     zlib, raw = tfds.features.Encoding.ZLIB, tfds.features.Encoding.BYTES
     tensor = tfds.features.Tensor
@@ -97,7 +112,13 @@ def dataset_info(
         features=tfds.features.FeaturesDict(features),
         # `volumes`, filled by `generate_examples`, is the index of the set: it is read whole at
         # start-up, so that no slice needs to be.
-        metadata=tfds.core.MetadataDict(class_names=list(class_names), volumes=[]),
+        metadata=tfds.core.MetadataDict(
+            class_names=list(class_names),
+            label_values=list(label_values or range(1, len(class_names) + 1)),
+            channel=channel,
+            slice_axis=slice_axis,
+            volumes=[],
+        ),
         disable_shuffling=True,  # slices of a volume stay together and in order
         **kwargs,
     )
@@ -161,17 +182,9 @@ def _prepare(
 ) -> list[dict]:
     """The slices of one case, in order along the last axis."""
     volume = load(case)
-    if n4_shrink_factor:
-        # Here: a set that is not corrected does without SimpleITK and its second of import.
-        from lclseg.bias_field import correct_bias_field
-
-        corrected = correct_bias_field(
-            volume.image, volume.spacing_mm, shrink_factor=n4_shrink_factor
-        )
-        volume = volume._replace(image=corrected)
     grid = {"image_size": image_size, "target_spacing_mm": target_spacing_mm}
-    image = volumes.image_to_grid(
-        volumes.normalize_intensity(volume.image), volume.spacing_mm, **grid
+    image = preprocessing.to_slices(
+        volume.image, volume.spacing_mm, n4_shrink_factor=n4_shrink_factor, **grid
     )
     has_label = volume.label is not None
     native_label = volume.label if has_label else np.zeros(volume.image.shape, np.uint8)

@@ -1,18 +1,16 @@
 """MM-WHS (Multi-Modality Whole Heart Segmentation) 2017, MR: seven structures of the heart."""
 
-import logging
 import re
 from pathlib import Path
 
-import numpy as np
 import tensorflow_datasets as tfds
 
 from lclseg import volumes
 from tfds_builders import slices
 
 CLASS_NAMES = ("MYO", "LA", "LV", "RA", "RV", "AA", "PA")
-RAW_VALUES = (205, 420, 500, 550, 600, 820, 850)  # of the classes 1..7, in the files
-logger = logging.getLogger("lclseg")
+# Of the classes 1..7, in the files, where 421 occurs too: it counts as background.
+RAW_VALUES = (205, 420, 500, 550, 600, 820, 850)
 
 
 def find_cases(folder: Path) -> list[slices.Case]:
@@ -37,34 +35,6 @@ def find_cases(folder: Path) -> list[slices.Case]:
     return cases
 
 
-def map_label(raw: np.ndarray, *, path: Path) -> np.ndarray:
-    """Classes 0..7 of a label map as published, uint8; other values become background.
-
-    These are logged, with their number of voxels (421 occurs in the published files).
-
-    Raises:
-      VolumeError: none of the seven values occurs.
-    """
-    values, counts = np.unique(raw, return_counts=True)
-    if not np.isin(values, RAW_VALUES).any():
-        raise volumes.VolumeError(
-            f"{path}: found label values {', '.join(f'{v:g}' for v in values[:8])}; wanted those "
-            f"of MM-WHS, {', '.join(map(str, RAW_VALUES))}"
-        )
-    odd = ~np.isin(values, (0, *RAW_VALUES))
-    if odd.any():
-        # From a worker process, where an unconfigured logger writes warnings to stderr.
-        logger.warning(
-            "%s: label values that MM-WHS does not define count as background: %s",
-            path,
-            ", ".join(f"{v:g} ({n} voxels)" for v, n in zip(values[odd], counts[odd], strict=True)),
-        )
-    label = np.zeros(raw.shape, np.uint8)
-    for c, value in enumerate(RAW_VALUES, start=1):
-        label[raw == value] = c
-    return label
-
-
 def load(case: slices.Case) -> volumes.Volume:
     """Reads a case; raises `volumes.VolumeError`."""
     image = volumes.read_image(Path(case.image))
@@ -72,7 +42,7 @@ def load(case: slices.Case) -> volumes.Volume:
         return image
     path = Path(case.label)
     raw = volumes.read_raw_label(path, image, Path(case.image))
-    return image._replace(label=map_label(raw, path=path))
+    return image._replace(label=volumes.map_label_values(path, raw, RAW_VALUES))
 
 
 class Builder(tfds.core.GeneratorBasedBuilder):
@@ -90,6 +60,7 @@ class Builder(tfds.core.GeneratorBasedBuilder):
         return slices.dataset_info(
             self,
             class_names=CLASS_NAMES,
+            label_values=RAW_VALUES,
             description="MM-WHS MR: myocardium of the left ventricle (1), left atrium (2), left "
             "ventricle (3), right atrium (4), right ventricle (5), ascending aorta (6), pulmonary "
             "artery (7).",

@@ -10,6 +10,7 @@ from tfds_builders import slices
 from tfds_builders.prostate import archive
 
 CLASS_NAMES = ("PZ", "TZ")
+CHANNEL = 0  # of the 4-D files: T2
 TASK = "Task05_Prostate"
 # Mirror and digest as MONAI's DecathlonDataset lists them.
 ARCHIVE_URL = "https://msd-for-monai.s3-us-west-2.amazonaws.com/Task05_Prostate.tar"
@@ -39,6 +40,7 @@ class Builder(tfds.core.GeneratorBasedBuilder):
         return slices.dataset_info(
             self,
             class_names=CLASS_NAMES,
+            channel=CHANNEL,
             description="MSD Task05 prostate, T2 channel: peripheral (1) and transition zone (2).",
             homepage="http://medicaldecathlon.com",
         )
@@ -63,5 +65,7 @@ class Builder(tfds.core.GeneratorBasedBuilder):
         return {slices.SPLIT: self._generate_examples(folder)}
 
     def _generate_examples(self, folder: Path):
-        load = functools.partial(slices.load_nifti, num_classes=len(CLASS_NAMES) + 1, channel=0)
+        load = functools.partial(
+            slices.load_nifti, num_classes=len(CLASS_NAMES) + 1, channel=CHANNEL
+        )
         yield from slices.generate_examples(self, find_cases(folder), load)

@@ -1,0 +1,47 @@
+"""Your own NIfTI volumes: some with a mask, the others are the unlabelled pool.
+
+  python -m lclseg.main --config=configs/nifti_folder.py --config.data.manual_dir=MYDATA \
+    --workdir=runs/mine
+
+MYDATA holds images/ and labels/ with equal names, or imagesTr/, labelsTr/, imagesTs/ and
+dataset.json (nnU-Net, Medical Segmentation Decathlon). What is left open here (0, -1, ()) is
+proposed from the data and printed before the run. The schedule, 300 + 2 x 150 steps, is for a first
+look without a GPU; with one, raise rounds.baseline_steps and rounds.steps_per_round (the paper:
+5000 each).
+"""
+
+import runpy
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+get_default = runpy.run_path(str(Path(__file__).with_name("default.py")))["get_config"]
+
+
+def get_config() -> ConfigDict:
+    config = get_default()
+    data = config.data
+    data.name = "nifti_folder"
+    data.image_size = 0  # px, a multiple of 32; 0: what covers the masks' foreground
+    data.target_spacing_mm = 0.0  # in-plane; 0: median
+    data.slice_axis = -1  # of the files, 0, 1 or 2; -1: the one of coarsest spacing
+    data.label_values = ()  # in the masks, of the classes 1, 2, ...; (): all but 0
+    data.class_names = ()  # (): from dataset.json, or class_<value>
+    data.folder_digest = ""  # filled in: names, sizes and times of the files
+    # Cases with a mask to learn from; "all": but for validation and test. The lists of cases are
+    # drawn by draw_seed, not by seed, so that runs of several seeds share their test volumes.
+    data.num_labeled = "2"
+    data.draw_seed = 0
+    data.split = "drawn"
+    data.min_classes = 1  # slices without any class are learnt from, too
+    config.loss.segmentation = "batch_dice_and_cross_entropy"
+    config.crf.num_steps = 0  # its sigmas are to be found for each kind of image
+    data.labeled_batch_size = 12
+    data.pairs.update(labeled_self=1, pseudo_self=1, labeled_pseudo=2, pseudo_pseudo=2)
+    config.optimizer.ema_decay = 0.98
+    config.rounds.baseline_steps = 300
+    config.rounds.num_rounds = 2
+    config.rounds.steps_per_round = 150
+    config.rounds.calibration_batches = 10
+    config.rounds.fresh_heads = False  # too few steps to learn a head anew
+    return config

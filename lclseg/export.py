@@ -1,0 +1,306 @@
+"""python -m lclseg.export --workdir=RUN --output=FOLDER
+
+Writes the best model of a run as a folder that lclseg.predict takes in place of the run: weights,
+what a volume goes through before them, and a model card. Reading it runs no code from it.
+"""
+
+import argparse
+import functools
+import json
+import math
+import sys
+import zipfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpy.lib import format as npy
+
+from lclseg import preprocessing, report, run_files, train, trained
+from lclseg.configuration import CHOICES
+from lclseg.preprocessing import Preprocessing, is_whole
+from lclseg.trained import ModelError, TrainedModel
+
+MODEL_FILE, PARAMETERS_FILE, CARD_FILE = "model.json", "parameters.npz", "README.md"
+FORMAT = "lclseg model"
+VERSION = 1  # of the folder; rises when an older lclseg would read it wrongly
+MAX_BATCH, MAX_FILTERS, MAX_LEVELS = 4096, 2**14, 12
+MAX_JSON_BYTES = 2**20
+
+WANTED = {
+    "format": (lambda v: v == FORMAT, repr(FORMAT)),
+    "version": (
+        lambda v: is_whole(v, VERSION, VERSION),
+        f"{VERSION}, the only one that this lclseg reads",
+    ),
+    "preprocessing": (lambda v: isinstance(v, dict), "an object"),
+    "architecture": (lambda v: isinstance(v, dict), "an object"),
+    "batch_size": (lambda v: is_whole(v, 1, MAX_BATCH), f"1..{MAX_BATCH}"),
+    "facts": (lambda v: _are_facts(v), "an object with dataset, stage, step, validation_dice"),
+}
+WANTED_ARCHITECTURE = {
+    "filters": (lambda v: _are_filters(v), f"1 to {MAX_LEVELS} numbers in 1..{MAX_FILTERS}"),
+    "embedding_dim": (lambda v: is_whole(v, 1, MAX_FILTERS), f"1..{MAX_FILTERS}"),
+    "dtype": (
+        lambda v: isinstance(v, str) and v in CHOICES["model.dtype"],
+        " or ".join(CHOICES["model.dtype"]),
+    ),
+}
+
+
+def _are_facts(value) -> bool:
+    if not isinstance(value, dict) or not {"dataset", "stage", "step"} <= value.keys():
+        return False
+    dice = value.get("validation_dice")
+    return type(dice) in (int, float) and math.isfinite(dice)
+
+
+def _are_filters(value) -> bool:
+    if not isinstance(value, list) or not 1 <= len(value) <= MAX_LEVELS:
+        return False
+    return all(is_whole(v, 1, MAX_FILTERS) for v in value)
+
+
+def write_model(model: TrainedModel, folder: Path) -> None:
+    """Writes a model into a new folder; model.json is the last file and marks it complete.
+
+    Raises:
+      ModelError: the folder is there and not empty.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ModelError(f"{folder} exists and is not an empty folder; choose another --output")
+    folder.mkdir(parents=True, exist_ok=True)
+    tree = {"params": model.state.ema_params, "batch_stats": model.state.batch_stats}
+    leaves = flax.traverse_util.flatten_dict(jax.device_get(tree), sep="/")
+    np.savez(folder / PARAMETERS_FILE, **leaves)
+    (folder / CARD_FILE).write_text(model_card(model))
+    content = {
+        "format": FORMAT,
+        "version": VERSION,
+        "preprocessing": preprocessing.to_json(model.preprocessing),
+        "architecture": model.architecture,
+        "batch_size": model.batch_size,
+        "facts": model.facts,
+    }
+    run_files.write_json(folder / MODEL_FILE, content)
+
+
+def read_model(folder: Path) -> TrainedModel:
+    """Opens what `write_model` wrote; nothing in the folder is trusted, and nothing is run.
+
+    Raises:
+      ModelError: another version, a value, leaf or shape that is missing or wrong.
+    """
+    path = folder / MODEL_FILE
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise ValueError(f"found {path.stat().st_size} bytes; wanted at most {MAX_JSON_BYTES}")
+        content = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(
+            f"{path}: not readable as JSON ({error}); export the model anew"
+        ) from error
+    try:
+        if isinstance(content, dict):  # first, since a later version may have other keys
+            first = {k: WANTED[k] for k in ("format", "version")}
+            preprocessing.check_values(
+                {k: v for k, v in content.items() if k in first}, first, str(path)
+            )
+        preprocessing.check_values(content, WANTED, str(path))
+        how = preprocessing.from_json(content["preprocessing"], f"{path}, preprocessing")
+        architecture = content["architecture"]
+        preprocessing.check_values(architecture, WANTED_ARCHITECTURE, f"{path}, architecture")
+    except ValueError as error:
+        raise ModelError(str(error)) from error
+    multiple = 2 ** (len(architecture["filters"]) - 1)
+    if how.image_size % multiple:
+        raise ModelError(
+            f"{path}: image_size is {how.image_size}; with {len(architecture['filters'])} filters "
+            f"wanted a multiple of {multiple}"
+        )
+    leaves = dict(_read_leaves(folder / PARAMETERS_FILE, _wanted_leaves(how, architecture)))
+    tree = flax.traverse_util.unflatten_dict(leaves, sep="/")
+    return TrainedModel(
+        source=folder,
+        preprocessing=how,
+        architecture=architecture,
+        batch_size=content["batch_size"],
+        state=trained.inference_state(tree["params"], tree["batch_stats"]),
+        facts=content["facts"],
+    )
+
+
+def _wanted_leaves(how: Preprocessing, architecture: dict) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and types of all parameters and statistics by name; nothing is computed."""
+    unet = trained.unet(how, architecture)
+    slices = jax.ShapeDtypeStruct((1, how.image_size, how.image_size), jnp.float32)
+    init = functools.partial(unet.init, train=False)
+    return flax.traverse_util.flatten_dict(jax.eval_shape(init, jax.random.key(0), slices), sep="/")
+
+
+def _read_leaves(
+    path: Path, wanted: dict[str, jax.ShapeDtypeStruct]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields name and array of every leaf; an array is read only if its header is as wanted."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            found = {name.removesuffix(".npy") for name in archive.namelist()}
+            for kind, names in (
+                ("is missing", wanted.keys() - found),
+                ("has no place in this model", found - wanted.keys()),
+            ):
+                if names:
+                    raise ModelError(
+                        f"{path}: {min(names)} {kind} ({len(names)} such arrays); wanted the "
+                        f"{len(wanted)} of the architecture in {MODEL_FILE}: export the model anew"
+                    )
+            for name, leaf in wanted.items():
+                with archive.open(f"{name}.npy") as file:
+                    shape, dtype = _array_header(file)
+                if shape != leaf.shape or dtype != leaf.dtype:
+                    raise ModelError(
+                        f"{path}: {name} is {dtype} of shape {shape}; wanted {leaf.dtype} of shape "
+                        f"{leaf.shape}, by the architecture in {MODEL_FILE}"
+                    )
+                with archive.open(f"{name}.npy") as file:
+                    value = npy.read_array(file, allow_pickle=False)
+                if not np.isfinite(value).all():
+                    raise ModelError(
+                        f"{path}: {name} has NaN or infinite values; wanted finite ones"
+                    )
+                yield name, value
+    except ModelError:
+        raise
+    except Exception as error:  # zipfile, zlib and NumPy raise a dozen types on damaged files
+        raise ModelError(
+            f"{path}: not readable ({type(error).__name__}: {error}); copy the folder again, or "
+            "export the model anew"
+        ) from error
+
+
+def _array_header(file) -> tuple[tuple[int, ...], np.dtype]:
+    version = npy.read_magic(file)
+    if version != (1, 0):
+        raise ValueError(f"found an array of NPY version {version}; wanted (1, 0)")
+    shape, _, dtype = npy.read_array_header_1_0(file)
+    return shape, dtype
+
+
+def model_card(model: TrainedModel) -> str:
+    """README.md of an exported model."""
+    how, facts, test = model.preprocessing, model.facts, model.facts["test"]
+    counts = facts["num_volumes"]
+    if counts is None:
+        volumes = f"num_labeled {facts['num_labeled']}; the run had not been tested when exported"
+    else:
+        volumes = f"{counts['labeled']} labelled"
+        if facts["stage"] != "baseline":
+            volumes += f", {counts['unlabeled']} unlabelled"
+        volumes += f"; checkpoint chosen on {counts['validation']} validation volumes"
+    spacing = f"{how.target_spacing_mm:g}"
+    field_mm = how.image_size * how.target_spacing_mm
+    before = [
+        f"channel {how.channel} of 4-D files" if how.channel is not None else "",
+        "N4 bias-field correction" if how.n4_shrink_factor else "",
+        "intensities to [0, 1] by the 1st and 99th percentile of the volume",
+        f"slices along axis {how.slice_axis + 1} of the file",
+        f"in-plane resampling to {spacing} x {spacing} mm",
+        f"cropped or padded to {how.image_size} x {how.image_size} pixels about the centre",
+    ]
+    scores = "\n".join(
+        f"| {name} | {value} | {report.number(test and test['dice_per_class'][name], '.4f')} |"
+        for name, value in zip(how.class_names, how.label_values, strict=True)
+    )
+    before = "\n".join(f"* {step}" for step in before if step)
+    method = "supervised"
+    if facts["stage"] != "baseline":
+        method = "with pseudo-labels and the local contrastive loss of arXiv:2112.09645"
+    if test is None:
+        tested = "This checkpoint has not been tested."
+    else:
+        tested = (
+            f"Test, {test['n_volumes']} volumes, 3-D, native geometry: mean Dice "
+            f"{report.number(test['mean_dice'], '.4f')}, HD95 "
+            f"{report.number(test['mean_hausdorff95_mm'], '.2f')} mm, ASSD "
+            f"{report.number(test['mean_assd_mm'], '.2f')} mm; {test['n_missed']} class-volume "
+            "pairs missed."
+        )
+    return f"""# {facts["dataset"]}: {", ".join(how.class_names)}
+
+A 2-D U-Net for volumes, trained by lclseg, {method}.
+
+    python -m lclseg.predict --workdir=THIS_FOLDER --input=FILE_OR_FOLDER --output=FOLDER
+
+## Trained on
+
+{facts["description"] or facts["dataset"]}
+
+{volumes}.
+Split {facts["split"]}, seed {facts["seed"]}; stage {facts["stage"]}, step {facts["step"]}.
+
+## How good it is
+
+Validation Dice {facts["validation_dice"]:.4f}: the best of the run, chosen
+by it, so too high an estimate.
+{tested}
+
+| class | label value | test Dice |
+|---|---|---|
+{scores}
+
+## Before the network
+
+{before}
+
+lclseg.predict does it, and brings the result back onto the input.
+
+## Intended use
+
+Research on segmentation of images like those it was trained on: same modality, sequence, anatomy,
+field of view and slice direction. Not a medical device: no diagnosis or treatment may rest on it.
+
+## Limits
+
+* Few patients were labelled, often of one scanner and site: expect worse results on others.
+* It always answers, on images of another kind as well, and does not tell when it is wrong. Look at
+  the results.
+* Slices are segmented one by one. What lies outside the field of {field_mm:g} x {field_mm:g} mm
+  about the image's centre becomes background.
+* Probabilities are not calibrated.
+
+## Licence
+
+lclseg is Apache-2.0. These weights were learnt from the data named above: its terms (research
+only, share-alike, no redistribution, ...) may bind them too, and weights can tell of the patients
+they were learnt from. Look at the terms before you pass this folder on.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    # Not absl's flags: those of all modules of a process share their names.
+    parser = argparse.ArgumentParser("lclseg.export", allow_abbrev=False, description=__doc__)
+    parser.add_argument("--workdir", type=Path, required=True, help="of the run")
+    parser.add_argument("--output", type=Path, required=True, help="folder that does not exist yet")
+    options = parser.parse_args(argv)
+    train.set_up_jax(1)
+    output = options.output.expanduser()
+    workdir = options.workdir.expanduser().absolute()
+    try:
+        if (workdir / MODEL_FILE).exists():
+            raise ModelError(f"{workdir} is an exported model already; copy the folder")
+        model = trained.load_run(workdir)
+        write_model(model, output)
+    except (*train.USER_ERRORS, ModelError, OSError) as error:
+        sys.exit(f"lclseg: {error}")
+    facts = model.facts
+    print(
+        f"{facts['stage']}, step {facts['step']}, validation Dice {facts['validation_dice']:.4f}\n"
+        f"{output}"
+    )
+
+
+if __name__ == "__main__":
+    main()

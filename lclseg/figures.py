@@ -1,0 +1,196 @@
+"""Figures of the report page, each an SVG to stand in an HTML page.
+
+Arrays and plain values in, text out. Colours of the charts are CSS variables (--ink, --muted,
+--rule, --c0 ... --c6), so that one figure reads on light and on dark ground; text takes the page's
+font (--font). Figures share no ids, if each gets its own `name`.
+"""
+
+import io
+import re
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import matplotlib
+import numpy as np
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+
+# Okabe and Ito's colours, told apart with any colour vision; as they are for use over grey images.
+# The page's style sheet has versions for charts on light and on dark ground.
+PALETTE = ("#e69f00", "#56b4e9", "#009e73", "#cc79a7", "#0072b2", "#d55e00", "#f0e442")
+# Stand-ins that are replaced by the CSS variables.
+INK, MUTED, RULE = "#101112", "#606162", "#d0d1d2"
+SERIES = tuple(f"#20212{k}" for k in range(len(PALETTE)))
+_VARIABLES = {INK: "ink", MUTED: "muted", RULE: "rule"} | {s: f"c{k}" for k, s in enumerate(SERIES)}
+_STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "lclseg",
+    "text.parse_math": False,
+    "text.color": INK,
+    "font.size": 10,
+    "figure.facecolor": "none",
+    "savefig.facecolor": "none",
+    "axes.facecolor": "none",
+    "axes.edgecolor": MUTED,
+    "axes.linewidth": 0.8,
+    "axes.labelcolor": MUTED,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "grid.color": RULE,
+    "grid.linewidth": 0.8,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "ytick.major.size": 0,
+    "lines.solid_capstyle": "round",
+}
+
+
+class Line(NamedTuple):
+    """A line of a chart: x, y [n]; a colour, INK, MUTED or of SERIES; width in points."""
+
+    x: Sequence[float]
+    y: Sequence[float]
+    color: str
+    width: float = 1.5
+    dashed: bool = False
+    dots: bool = False  # points in place of the line
+
+
+def line_chart(
+    name: str,
+    lines: Sequence[Line],
+    *,
+    x_label: str,
+    marks: Sequence[tuple[float, str]] = (),
+    y_limits: tuple[float | None, float | None] = (None, None),
+) -> str:
+    """Lines over a common x, with upright rules at `marks` (x, text)."""
+
+    def draw(figure):
+        axes = figure.subplots()
+        for x, text in marks:
+            axes.axvline(x, color=MUTED, linewidth=0.8, dashes=(2, 2))
+            # Above the axes, where no line runs.
+            axes.annotate(
+                text,
+                (x, 1),
+                (2, 3),
+                xycoords=axes.get_xaxis_transform(),
+                textcoords="offset points",
+                color=MUTED,
+                fontsize=8,
+            )
+        for line in lines:
+            shape = (
+                {"marker": "o", "markersize": 5, "linestyle": ""}
+                if line.dots
+                else {"linestyle": (0, (4, 2)) if line.dashed else "-"}
+            )
+            axes.plot(line.x, line.y, color=line.color, linewidth=line.width, **shape)
+        axes.set_xlabel(x_label)
+        axes.set_ylim(*y_limits)
+        axes.margins(x=0.02)
+
+    return _svg(name, (4.6, 2.8), draw)
+
+
+def strip_chart(
+    name: str,
+    columns: Sequence[tuple[str, Sequence[float | None]]],
+    *,
+    y_limits: tuple[float, float],
+    num_places: int,
+    color: str = MUTED,
+) -> str:
+    """Values as points in columns (text below, values), a bar and a number at each mean.
+
+    The n-th values of the columns are of one thing, and joined by a thin line. None: no point.
+    Charts with the same `num_places`, for columns, are drawn to the same scale.
+    """
+
+    def draw(figure):
+        axes = figure.subplots()
+        values = np.array([[np.nan if v is None else v for v in c] for _, c in columns], float)
+        num = values.shape[1]
+        # Spread evenly in a shuffled order: the same place in each column, and the same each time.
+        shift = 0.2 * (np.random.default_rng(0).permutation(num) + 0.5) / max(num, 1) - 0.1
+        x = np.arange(len(columns))[:, None] + shift
+        axes.plot(x, values, color=RULE, linewidth=0.8)
+        axes.plot(
+            x.ravel(),
+            values.ravel(),
+            "o",
+            color=color,
+            markersize=3.6,
+            alpha=0.7,
+            markeredgewidth=0,
+        )
+        for column, own in enumerate(values):
+            if np.isnan(own).all():
+                continue
+            mean = np.nanmean(own)
+            axes.plot([column - 0.2, column + 0.2], [mean, mean], color=INK, linewidth=2)
+            axes.text(column + 0.24, mean, f"{mean:.2f}", va="center", fontsize=8.5)
+        axes.set_xticks(range(len(columns)), [text for text, _ in columns])
+        axes.tick_params(length=0, labelsize=9)
+        axes.set_xlim(-0.4, num_places - 0.35)
+        axes.set_ylim(*y_limits)
+
+    return _svg(name, (0.7 + 0.65 * num_places, 2.4), draw)
+
+
+def overlay(
+    name: str, image: np.ndarray, *, filled: np.ndarray | None, outlined: np.ndarray | None
+) -> str:
+    """A slice with one labelling as areas and one as outlines, class k in colour k - 1.
+
+    Args:
+      name: of the figure.
+      image: [X, Y] in [0, 1], clipped; X goes right, Y up.
+      filled, outlined: [X, Y] labels, 0 is background; None: not drawn. 255 is no class.
+    """
+
+    def draw(figure):
+        figure.set_layout_engine("none")
+        axes = figure.add_axes((0, 0, 1, 1))
+        axes.axis("off")
+        axes.imshow(image.T, cmap="gray", vmin=0, vmax=1, origin="lower", interpolation="none")
+        for label, is_filled in ((filled, True), (outlined, False)):
+            for value in () if label is None else np.unique(label[(label > 0) & (label < 255)]):
+                mask = (label == value).T.astype(float)
+                color = np.array(to_rgb(PALETTE[(value - 1) % len(PALETTE)]))
+                if is_filled:
+                    axes.contourf(mask, [0.5, 2], colors=[color], alpha=0.5)
+                else:
+                    # Lighter than the areas, on a dark seam: seen on its own area, too.
+                    axes.contour(mask, [0.5], colors=["black"], linewidths=2.4, alpha=0.6)
+                    axes.contour(mask, [0.5], colors=[0.5 + color / 2], linewidths=1.3)
+
+    width, height = image.shape
+    return _svg(name, (2.4, 2.4 * height / width), draw)
+
+
+def _svg(name: str, size: tuple[float, float], draw: Callable[[Figure], None]) -> str:
+    """The SVG element of a figure of some size, in inches, that `draw` has drawn on."""
+    text = io.StringIO()
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(size, layout="constrained")
+        draw(figure)
+        figure.savefig(text, format="svg", metadata={"Date": None})
+    svg = text.getvalue()
+    svg = svg[svg.index("<svg") :].strip()
+    # Matplotlib's name and licence terms; a style sheet that would hold for the whole page.
+    svg = re.sub(r"\s*<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL)
+    view_box = re.search(r'viewBox="[^"]*"', svg)[0]
+    svg = re.sub(r"<svg[^>]*>", f'<svg {view_box} aria-hidden="true">', svg, count=1)
+    svg = re.sub(r'\bid="', f'id="{name}-', svg)
+    svg = re.sub(r'(href="|url\()#', rf"\1#{name}-", svg)
+    # Some versions write `font: 10px FAMILIES`, others `font-size: 10px; font-family: FAMILIES`.
+    svg = re.sub(r"(font: [\d.]+px|font-family:) [^;\"]*", r"\1 var(--font)", svg)
+    for color, variable in _VARIABLES.items():
+        svg = svg.replace(color, f"var(--{variable})")
+    return svg

@@ -1,0 +1,359 @@
+"""python -m lclseg.predict --workdir=RUN --input=FILE_OR_FOLDER --output=FOLDER
+
+Segments NIfTI volumes of any size and spacing with the best model of a run, or with a model that
+lclseg.export wrote; several --workdir: with the mean of their probabilities. Results lie on the
+input, in the label values of the data set.
+"""
+
+import argparse
+import collections
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from lclseg import (
+    evaluation,
+    export,
+    metrics,
+    preprocessing,
+    report,
+    run_files,
+    train,
+    trained,
+    volumes,
+)
+from lclseg.nifti_folder import SUFFIXES, Files, is_label, niftis, stem
+from lclseg.preprocessing import Preprocessing
+from lclseg.trained import ModelError, TrainedModel
+from lclseg.volumes import VolumeError
+
+USER_ERRORS = (*train.USER_ERRORS, ModelError, OSError)
+# Where a label of NAME may be: the ways of ACDC, nnU-Net and MM-WHS among them.
+LABEL_NAMES: tuple[Callable[[str], str], ...] = (
+    lambda name: name,
+    lambda name: f"{name}_gt",
+    lambda name: name.removesuffix("_0000"),
+    lambda name: name.removesuffix("_image") + "_label",
+)
+
+
+class Outputs(NamedTuple):
+    """Files to write: `labels` and `probabilities` by case id; `metrics` None where not asked."""
+
+    labels: dict[str, Path]
+    probabilities: dict[str, Path]
+    metrics: Path | None
+
+
+def find_cases(source: Path, labels: Path | None = None) -> list[Files]:
+    """The images to segment, by id, each with its label where a folder of labels is given.
+
+    Args:
+      source: a NIfTI file, or a folder of them. Folders below are not looked at, nor is NAME_gt
+        beside NAME.
+      labels: folder; see `LABEL_NAMES`.
+
+    Raises:
+      VolumeError: no image, two of one id, an image without label.
+    """
+    if source.is_dir():
+        found = niftis(source)
+        names = {stem(p) for p in found}
+        found = [p for p in found if not (is_label(p) and stem(p).removesuffix("_gt") in names)]
+        if not found:
+            raise VolumeError(f"{source}: no {' or '.join(SUFFIXES)} file in it")
+    elif not source.exists():
+        raise VolumeError(f"{source}: no such file or folder")
+    elif not source.name.endswith(SUFFIXES):
+        raise VolumeError(f"{source}: wanted a folder, or a file called .nii or .nii.gz")
+    else:
+        found = [source]
+    by_id = collections.defaultdict(list)
+    for path in found:
+        by_id[stem(path)].append(path)
+    problems = [
+        f"{' and '.join(map(str, paths))} would have the same result, {case_id}.nii.gz; rename or "
+        "move all but one"
+        for case_id, paths in by_id.items()
+        if len(paths) > 1
+    ]
+    if labels is not None and not labels.is_dir():
+        problems.append(f"{labels}: no such folder; wanted one with a label for each image")
+    if problems:
+        raise VolumeError("\n".join(problems))
+    cases = [Files(stem(p), p, labels and _label_of(p, labels)) for p in found]
+    missing = [c for c in cases if labels is not None and c.label is None]
+    if missing:
+        raise VolumeError(
+            "\n".join(
+                f"{labels}: no label of {c.image}; wanted {c.case_id}.nii.gz or "
+                f"{c.case_id}_gt.nii.gz"
+                for c in missing
+            )
+        )
+    return cases
+
+
+def _label_of(image: Path, folder: Path) -> Path | None:
+    files = {stem(p): p for p in niftis(folder) if not p.samefile(image)}
+    for name_of in LABEL_NAMES:
+        if name_of(stem(image)) in files:
+            return files[name_of(stem(image))]
+    return None
+
+
+def plan_outputs(
+    cases: Sequence[Files], folder: Path, *, with_probabilities: bool, with_metrics: bool
+) -> Outputs:
+    """Names the files to write, none of which may exist.
+
+    Raises:
+      VolumeError: one does, or two results would have the same name.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise VolumeError(f"{folder}: found a file; wanted a folder, or a name that is free")
+    ids = [c.case_id for c in cases]
+    outputs = Outputs(
+        {i: folder / f"{i}.nii.gz" for i in ids},
+        {i: folder / f"{i}_probabilities.nii.gz" for i in ids if with_probabilities},
+        folder / "metrics.json" if with_metrics else None,
+    )
+    files = [*outputs.labels.values(), *outputs.probabilities.values()]
+    repeated = sorted({str(p) for p in files if files.count(p) > 1})
+    if repeated:
+        raise VolumeError(
+            f"{', '.join(repeated)} would be written twice, as labels and as probabilities; rename "
+            "the image"
+        )
+    files += [outputs.metrics] if outputs.metrics else []
+    existing = [str(p) for p in files if os.path.lexists(p)]
+    if existing:
+        shown = ", ".join(existing[:8]) + (", ..." if len(existing) > 8 else "")
+        raise VolumeError(
+            f"{len(existing)} result(s) exist already: {shown}; move them away, or choose another "
+            "--output"
+        )
+    return outputs
+
+
+def load_models(folders: Sequence[Path]) -> list[TrainedModel]:
+    """Opens runs and exported models, which must agree in classes and preprocessing.
+
+    Raises:
+      ModelError: one cannot be loaded, or what differs between them.
+    """
+    models = [
+        export.read_model(f) if (f / export.MODEL_FILE).exists() else trained.load_run(f)
+        for f in folders
+    ]
+    first = models[0]
+    for other in models[1:]:
+        differing = [
+            f"{field} is {getattr(first.preprocessing, field)} and "
+            f"{getattr(other.preprocessing, field)}"
+            for field in Preprocessing._fields
+            if getattr(first.preprocessing, field) != getattr(other.preprocessing, field)
+        ]
+        if differing:
+            raise ModelError(
+                f"{first.source} and {other.source} cannot be averaged: {'; '.join(differing)}; "
+                "give runs of the same classes and preprocessing"
+            )
+    return models
+
+
+def mean_predictor(models: Sequence[TrainedModel]) -> evaluation.Predict:
+    """Maps slices [M, H, W] to the mean of the models' probabilities [M, H, W, C]."""
+    predictors = [
+        train.batched_predictor(
+            train.compiled_predict(trained.unet(m.preprocessing, m.architecture)),
+            m.state,
+            batch_size=m.batch_size,
+        )
+        for m in models
+    ]
+
+    def predict(images: np.ndarray) -> np.ndarray:
+        total = predictors[0](images)
+        for other in predictors[1:]:
+            total = total + other(images)
+        return total / len(predictors)
+
+    return predict
+
+
+def read_case(case: Files, how: Preprocessing) -> tuple[volumes.Volume, np.ndarray | None]:
+    """Image, slices last, and, where the case has a label, its classes [X, Y, S] uint8.
+
+    Raises:
+      VolumeError: whatever keeps the case from being predicted or compared.
+    """
+    header = volumes.read_header(case.image)
+    unit = int(header["xyzt_units"]) % 8
+    if unit in (1, 3):
+        raise VolumeError(
+            f"{case.image}: voxel sizes are in {'metres' if unit == 1 else 'micrometres'}; wanted "
+            "millimetres: convert the header"
+        )
+    # The published 4-D files, or one channel of them.
+    four_dimensional = len(header.get_data_shape()) == 4
+    image = volumes.read_image(case.image, channel=how.channel if four_dimensional else None)
+    if case.label is not None:
+        raw = volumes.read_raw_label(case.label, image, case.image)
+        classes = volumes.map_label_values(case.label, raw, how.label_values)
+        image = image._replace(label=classes)
+    image = volumes.slices_last(image, how.slice_axis)
+    return image, image.label
+
+
+def check_cases(cases: Sequence[Files], how: Preprocessing) -> None:
+    """Raises VolumeError with a line for each problem of any case."""
+    problems = []
+    for case in tqdm(cases, "checking", disable=None, leave=False):
+        try:
+            read_case(case, how)
+        except VolumeError as error:
+            problems += str(error).splitlines()
+    if problems:
+        raise VolumeError("\n".join(problems))
+
+
+def segment(
+    predict: evaluation.Predict,
+    how: Preprocessing,
+    cases: Sequence[Files],
+    outputs: Outputs,
+    *,
+    batch_size: int,
+) -> dict | None:
+    """Predicts cases and writes the results.
+
+    Args:
+      predict: slices -> class probabilities.
+      how: preprocessing, classes and label values.
+      cases: what to segment.
+      outputs: see `plan_outputs`.
+      batch_size: slices per call of `predict`.
+
+    Returns:
+      Metrics, see `metrics.summarize`; None where `outputs.metrics` is.
+    """
+    grid = {"image_size": how.image_size, "target_spacing_mm": how.target_spacing_mm}
+    values = np.array((0, *how.label_values), np.min_scalar_type(max(how.label_values)))
+    image_of = {case.case_id: case.image for case in cases}
+    native = {}  # shape, spacing and truth of the volumes under way
+    records = {}
+
+    def read() -> Iterator[tuple[str, np.ndarray]]:
+        for case in cases:
+            image, truth = read_case(case, how)
+            native[case.case_id] = image.image.shape, image.spacing_mm, truth
+            slices = preprocessing.to_slices(
+                image.image, image.spacing_mm, n4_shrink_factor=how.n4_shrink_factor, **grid
+            )
+            yield case.case_id, slices
+
+    predictions = evaluation.predict_images(predict, read(), batch_size=batch_size)
+    for case_id, _, probs in tqdm(predictions, "segmenting", len(cases), disable=None, leave=False):
+        shape, spacing_mm, truth = native.pop(case_id)
+        back = {"shape": shape[:2], "target_spacing_mm": how.target_spacing_mm}
+        label = volumes.probs_to_native_label(probs, spacing_mm, **back)
+        if outputs.probabilities:
+            native_probs = volumes.probs_to_native(probs, spacing_mm, **back)
+            filed = volumes.as_filed(native_probs, how.slice_axis)
+            volumes.write_like(outputs.probabilities[case_id], filed, image_of[case_id])
+        filed = volumes.as_filed(values[label], how.slice_axis)
+        volumes.write_like(outputs.labels[case_id], filed, image_of[case_id])
+        if truth is not None:
+            records[case_id] = metrics.volume_metrics(
+                label, truth, spacing_mm, class_names=how.class_names
+            )
+    if outputs.metrics is None:
+        return None
+    return metrics.summarize(records, class_names=how.class_names)
+
+
+def table(summary: dict) -> str:
+    """Dice, HD95 and ASSD of each volume and class, then the means, as aligned text."""
+    rows = [["volume", "class", "Dice", "HD95 mm", "ASSD mm", ""]]
+    specs = dict(zip(metrics.MEASURES, (".4f", ".2f", ".2f"), strict=True))
+
+    def cells(value_of: Callable[[str], float | None]) -> list[str]:
+        return [report.number(value_of(m), spec) for m, spec in specs.items()]
+
+    for volume_id, record in summary["per_volume"].items():
+        for name in record["dice"]:
+            note = [k for k in ("excluded", "missed") if name in record[k]]
+            values = cells(lambda m, record=record, name=name: record[m][name])
+            rows.append([volume_id, name, *values, *(note or [""])])
+    for name in summary["dice_per_class"]:
+        values = cells(lambda m, name=name: summary[f"{m}_per_class"][name])
+        rows.append(["mean", name, *values, ""])
+    rows.append(["mean", "all", *cells(lambda m: summary[f"mean_{m}"]), ""])
+    return report.aligned(rows)
+
+
+def predict_files(
+    folders: Sequence[Path],
+    source: Path,
+    output: Path,
+    *,
+    with_probabilities: bool = False,
+    labels: Path | None = None,
+) -> dict | None:
+    """The whole command: checks everything, predicts, writes, and returns metrics if asked for.
+
+    Raises:
+      ModelError, VolumeError: before the first volume is predicted.
+    """
+    cases = find_cases(source, labels)
+    outputs = plan_outputs(
+        cases, output, with_probabilities=with_probabilities, with_metrics=labels is not None
+    )
+    models = load_models(folders)
+    how = models[0].preprocessing
+    check_cases(cases, how)
+    summary = segment(mean_predictor(models), how, cases, outputs, batch_size=models[0].batch_size)
+    if summary is not None:
+        described = [
+            {"source": str(m.source)}
+            | {k: m.facts[k] for k in ("dataset", "stage", "step", "validation_dice")}
+            for m in models
+        ]
+        run_files.write_json(outputs.metrics, {"models": described, **summary})
+    return summary
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    # Not absl's flags: those of all modules of a process share their names.
+    parser = argparse.ArgumentParser("lclseg.predict", allow_abbrev=False, description=__doc__)
+    add = parser.add_argument
+    add("--workdir", action="append", type=Path, required=True, help="run or exported model")
+    add("--input", type=Path, required=True, help="NIfTI file, or folder of them")
+    add("--output", type=Path, required=True, help="folder for NAME.nii.gz")
+    add("--probabilities", action="store_true", help="write NAME_probabilities.nii.gz, too")
+    add("--labels", type=Path, help="folder of labels: Dice, HD95 and ASSD are computed")
+    options = parser.parse_args(argv)
+    train.set_up_jax(len(os.sched_getaffinity(0)))
+    try:
+        summary = predict_files(
+            [p.expanduser().absolute() for p in options.workdir],
+            options.input.expanduser(),
+            options.output.expanduser(),
+            with_probabilities=options.probabilities,
+            labels=options.labels and options.labels.expanduser(),
+        )
+    except USER_ERRORS as error:
+        sys.exit(f"lclseg: {error}")
+    if summary is not None:
+        print(table(summary))
+    print(options.output)
+
+
+if __name__ == "__main__":
+    main()
