@@ -12,7 +12,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 CORES = len(os.sched_getaffinity(0))
@@ -119,6 +119,18 @@ class Worker:
     def __exit__(self, *_):
         self._process.stdin.close()
         self._process.wait()
+
+
+@contextlib.contextmanager
+def stdout_to_stderr() -> Iterator[None]:
+    """What is printed before `serve`, by C++ code too, must not be taken for an answer."""
+    answers = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        os.dup2(answers, 1)
+        os.close(answers)
 
 
 def serve(*functions: Callable) -> None:

@@ -61,7 +61,8 @@ def serve_ours(folder: Path, size: int, threads: int, process: tuple[int, int, i
         os.environ.update(zip(names, map(str, values), strict=True))
     train.set_up_process(config)
     workdir = folder / f"run_{size}_{threads}_{process}"
-    run, make_batch = phantom_run.start(config, workdir, num_volumes=NUM_VOLUMES)
+    with harness.stdout_to_stderr():
+        run, make_batch = phantom_run.start(config, workdir, num_volumes=NUM_VOLUMES)
     batch = make_batch(0)
     state = train.initial_state(run, 0)
     current = {"state": train.replicate(state)}
