@@ -33,7 +33,7 @@ BASE = {
     "rounds.baseline_steps": 400,
     "rounds.steps_per_round": 100,
     "rounds.eval_every": 50,
-    # Running statistics lag: 0.51 instead of 0.75 on c1's pool after 400 steps.
+    # Running statistics lag: c1's baseline validates at 0.2 for 200 steps with them.
     "rounds.calibration_batches": 10,
     "rounds.fresh_heads": False,
 }
