@@ -77,6 +77,7 @@ def evaluate(
     batch_size: int,
     with_distances: bool,
     save_to: Path | None = None,
+    on_prediction: Callable[[VolumePrediction], None] = lambda prediction: None,
 ) -> dict:
     """3-D metrics of labelled volumes in native geometry; see `metrics.summarize`.
 
@@ -87,9 +88,11 @@ def evaluate(
       batch_size: slices per call of `predict`.
       with_distances: compute HD95 and ASSD too (slow; for the test set).
       save_to: folder for the predicted labels as NIfTI, <volume_id>.nii.gz.
+      on_prediction: called with each prediction, in the order of the ids.
     """
     records = {}
     for prediction in predict_volumes(predict, prepared, volume_ids, batch_size=batch_size):
+        on_prediction(prediction)
         native = prepared.read_native(prediction.volume_id)
         label = to_native_label(prepared, prediction.volume_id, prediction.probs)
         if save_to is not None:

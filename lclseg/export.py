@@ -217,7 +217,7 @@ def model_card(model: TrainedModel) -> str:
     before = "\n".join(f"* {step}" for step in before if step)
     method = "supervised"
     if facts["stage"] != "baseline":
-        method = "with pseudo-labels and the local contrastive loss of arXiv:2112.09645"
+        method = "in rounds on pseudo-labels (after arXiv:2112.09645)"
     if test is None:
         tested = "This checkpoint has not been tested."
     else:

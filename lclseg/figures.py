@@ -15,10 +15,10 @@ import numpy as np
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, told apart with any colour vision; as they are for use over grey images.
-# The page's style sheet has versions for charts on light and on dark ground.
-PALETTE = ("#e69f00", "#56b4e9", "#009e73", "#cc79a7", "#0072b2", "#d55e00", "#f0e442")
-# Stand-ins that are replaced by the CSS variables.
+from lclseg.palette import PALETTE
+
+# Stand-ins that are replaced by the CSS variables: the page's style sheet has versions of the
+# palette for charts on light and on dark ground.
 INK, MUTED, RULE = "#101112", "#606162", "#d0d1d2"
 SERIES = tuple(f"#20212{k}" for k in range(len(PALETTE)))
 _VARIABLES = {INK: "ink", MUTED: "muted", RULE: "rule"} | {s: f"c{k}" for k, s in enumerate(SERIES)}

@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 from lclseg import figures, proposal, volumes
 from lclseg.configuration import MACHINE_KEYS, differing_keys
 from lclseg.figures import INK, MUTED, SERIES, Line
+from lclseg.palette import PALETTE
 from lclseg.prepared import PreparedSet, open_prepared
 from lclseg.pseudo_labels import (
     PseudoLabelError,
@@ -538,7 +539,7 @@ def _test_pictures(run: Run, prefix: str) -> Iterator[str]:
 
 def _overlay_keys(run: Run, filled: str, outlined: str) -> str:
     how = f"areas: {filled}, lines: {outlined}"
-    keys = _keys(run.classes, itertools.cycle(figures.PALETTE), "area")
+    keys = _keys(run.classes, itertools.cycle(PALETTE), "area")
     return f'<div class="legend">{keys}<p>{_text(how)}</p></div>'
 
 

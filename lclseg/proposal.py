@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from lclseg import volumes
-from lclseg.nifti_folder import SUFFIXES, Files, find_files
+from lclseg.nifti_folder import Files, find_files, niftis, stem
 from lclseg.splits import ROLES, draw_lists
 
 NAME = "nifti_folder"  # of the builder
@@ -61,7 +61,7 @@ def find_cases(folder: Path) -> list[Files]:
     if not folder.is_dir():
         raise volumes.VolumeError(f"data.manual_dir: no folder {folder}; {wanted}")
     files = find_files(folder)
-    first = {f.image for f in files if _stem(f.image).endswith("_0000")}
+    first = {f.image for f in files if stem(f.image).endswith("_0000")}
     files = [f for f in files if f.image in first or _channel(f, 0) not in first]
     if not files:
         raise volumes.VolumeError(f"data.manual_dir: no .nii.gz file in {folder}; {wanted}")
@@ -75,8 +75,8 @@ def find_cases(folder: Path) -> list[Files]:
         p
         for part in ("labels", "labelsTr")
         if files[0].image.parent.name in ("images", "imagesTr", "imagesTs")
-        for p in sorted((folder / part).glob("*"))
-        if p.name.endswith(SUFFIXES) and p.name[0] != "." and p not in used
+        for p in niftis(folder / part)
+        if p not in used
     ]
     if lost:
         raise volumes.VolumeError(
@@ -84,10 +84,6 @@ def find_cases(folder: Path) -> list[Files]:
             f"images are called like {files[0].case_id}: rename the labels, or take them out"
         )
     return files
-
-
-def _stem(path: Path) -> str:
-    return path.name.removesuffix(".gz").removesuffix(".nii")
 
 
 def _channel(case: Files, number: int) -> Path:

@@ -5,10 +5,9 @@ from pathlib import Path
 import numpy as np
 from tensorboardX import SummaryWriter
 
-# Okabe and Ito's colours, told apart by colour-blind readers too; from the seventh class on again.
-COLOURS = np.array(
-    [(230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (213, 94, 0), (204, 121, 167)]
-)
+from lclseg.palette import PALETTE
+
+COLOURS = np.array([tuple(bytes.fromhex(colour[1:])) for colour in PALETTE])
 OPACITY = 0.5
 
 

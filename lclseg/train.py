@@ -537,10 +537,10 @@ def fit(
                 some = range(max(first_step, last - rounds.calibration_batches), last)
                 current = calibrate(run, replicated, {s: read(s) for s in some})
             if validate_now:
-                dice = validate(run, current)
+                dice, pictures = validate(run, current)
                 history.append({"step": number, **dice})
                 log({"validation_dice": dice["mean_dice"]})
-                for volume_id, picture in validation_overlays(run, current).items():
+                for volume_id, picture in pictures.items():
                     writer.add_image(volume_id, picture, first_step + number, dataformats="HWC")
                 warn_of_zeros(stage, history)
             save(dice["mean_dice"] if validate_now else None)
@@ -610,25 +610,34 @@ def warn_of_zeros(stage: str, history: list[dict]) -> None:
         )
 
 
-def validate(run: Run, state: steps.TrainState) -> dict:
-    """Validation Dice: {"mean_dice": float, "dice_per_class": {name: float}}."""
+def validate(run: Run, state: steps.TrainState) -> tuple[dict, dict[str, np.ndarray]]:
+    """Validation Dice, {"mean_dice": float, "dice_per_class": {name: float}}, and pictures.
+
+    The pictures are of the first volumes, by id: the slice of each that shows most foreground.
+    """
+    pictures = {}
+
+    def draw(prediction: evaluation.VolumePrediction) -> None:
+        if len(pictures) == OVERLAYS:
+            return
+        entry = run.prepared.volumes[prediction.volume_id]
+        number = int(entry.class_pixels[:, 1:].sum(axis=1).argmax())
+        _, truth = run.prepared.read_slices([entry.slices[number]])
+        found = prediction.probs[number].argmax(axis=-1)
+        picture = tensorboard.overlay(prediction.image[number], truth[0], found)
+        pictures[prediction.volume_id] = picture
+
     summary = evaluate_state(
-        run, state, run.split.validation, stoppable=False, with_distances=False
+        run,
+        state,
+        run.split.validation,
+        stoppable=False,
+        with_distances=False,
+        on_prediction=draw,
     )
     if summary["mean_dice"] is None:
         raise ConfigError("the validation volumes show none of the classes; set data.validation")
-    return {k: summary[k] for k in ("mean_dice", "dice_per_class")}
-
-
-def validation_overlays(run: Run, state: steps.TrainState) -> dict[str, np.ndarray]:
-    """Pictures of the first validation volumes: the slice of each that shows most foreground."""
-    ids = run.split.validation[:OVERLAYS]
-    entries = [run.prepared.volumes[i] for i in ids]
-    records = [e.first_slice + int(e.class_pixels[:, 1:].sum(axis=1).argmax()) for e in entries]
-    images, truth = run.prepared.read_slices(records)
-    found = predictor(run, state, stoppable=False)(images).argmax(axis=-1)
-    pictures = map(tensorboard.overlay, images, truth, found)
-    return dict(zip(ids, pictures, strict=True))
+    return {k: summary[k] for k in ("mean_dice", "dice_per_class")}, pictures
 
 
 def log_scalars(run: Run, stage: str, step: int, scalars: dict[str, float]) -> None:

@@ -169,17 +169,11 @@ def read_geometry(path: Path) -> Geometry:
     Raises:
       VolumeError: unreadable, not 3-D, or spacing not positive.
     """
-    try:
+    with _readable(path):
         _check_size(path)
         file = nib.load(path)
         shape, affine = file.shape, np.asarray(file.affine, np.float64)
         spacing_mm = _stored_spacing(path, file)
-    except FileNotFoundError:
-        raise VolumeError(f"{path}: no such file") from None
-    except VolumeError:
-        raise
-    except Exception as error:  # see `_load_3d`
-        raise VolumeError(f"{path}: not readable as NIfTI ({error}); copy it again") from error
     if len(shape) != 3:
         raise VolumeError(
             f"{path}: found an array of shape {shape}; wanted a 3-D volume: "

@@ -8,6 +8,8 @@ The same number of optimiser steps in every row; each joint row shares the basel
 CONFIG = "../hippocampus.py"
 PAIRS = (("c1", 0), ("c2", 1), ("c3", 2))
 BASE = {
+    # As configs/ablations/acdc.py, and for its reason: a short schedule has to level off.
+    "optimizer.learning_rate": 3e-3,
     "data.labeled_batch_size": 8,
     "data.pairs.labeled_self": 0,
     "data.pairs.pseudo_self": 0,
@@ -19,22 +21,20 @@ BASE = {
     "rounds.steps_per_round": 100,
     "rounds.eval_every": 50,
 }
+SELF_TRAINING = {"loss.pseudo_label_weight": 1.0, "augment.view_geometry": True}
 SUPERVISED = {"rounds.num_rounds": 0, "rounds.baseline_steps": 700}
 EVERY_PIXEL = {"loss.pixels_per_class": 0}
 ROWS = {
     "a supervised": SUPERVISED,
     # Unlabelled slices go through the network, and so through BatchNorm, but no loss reads them.
     "joint pass only": {"loss.contrastive_weight": 0.0},
-    "b self-training": {
-        "loss.contrastive_weight": 0.0,
-        "loss.pseudo_label_weight": 1.0,
-        "augment.view_geometry": True,
-    },
+    "b self-training": SELF_TRAINING | {"loss.contrastive_weight": 0.0},
     "c inter, 3 anchors": {},
     "d inter, every pixel": EVERY_PIXEL,
     "e batch, every pixel": EVERY_PIXEL | {"loss.matching": "batch"},
     "f d without CRF": EVERY_PIXEL | {"crf.num_steps": 0},
     "g d, weight 0.01": EVERY_PIXEL | {"loss.contrastive_weight": 0.01},
     "g d, weight 1": EVERY_PIXEL | {"loss.contrastive_weight": 1.0},
+    "b + d": SELF_TRAINING | EVERY_PIXEL,
     "h all labels": SUPERVISED | {"data.num_labeled": "all"},
 }

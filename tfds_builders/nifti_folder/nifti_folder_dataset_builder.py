@@ -62,14 +62,6 @@ def grid_config(
     )
 
 
-def find_cases(folder: Path) -> list[slices.Case]:
-    """Every case of the folder; a case is a patient. See `proposal.find_cases`."""
-    return [
-        slices.Case(f.case_id, f.case_id, str(f.image), None if f.label is None else str(f.label))
-        for f in proposal.find_cases(folder)
-    ]
-
-
 def map_label(raw: np.ndarray, label_values: Sequence[int]) -> np.ndarray:
     """Classes 1, 2, ... in place of the given values, 0 in place of others; uint8."""
     table = np.zeros(volumes.MAX_LABEL_VALUE + 1, np.uint8)
@@ -113,10 +105,15 @@ class Builder(tfds.core.GeneratorBasedBuilder):
         return {slices.SPLIT: self._generate_examples(Path(dl_manager.manual_dir))}
 
     def _generate_examples(self, folder: Path):
-        cases = find_cases(folder)
-        found = proposal.folder_digest(folder, proposal.find_cases(folder))
-        if found != self.builder_config.folder_digest:
-            raise volumes.VolumeError(f"{folder}: files have changed since it was looked at; again")
+        files = proposal.find_cases(folder)
+        if proposal.folder_digest(folder, files) != self.builder_config.folder_digest:
+            raise volumes.VolumeError(
+                f"{folder}: files have changed since the run looked at them; start it again"
+            )
+        # A case counts as a patient.
+        cases = [
+            slices.Case(f.case_id, f.case_id, str(f.image), f.label and str(f.label)) for f in files
+        ]
         load_case = functools.partial(
             load,
             label_values=self.builder_config.label_values,
