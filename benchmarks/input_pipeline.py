@@ -26,10 +26,11 @@ def consume(batches: Iterable) -> None:
 
 
 def serve_ours(folder: Path, size: int, num_volumes: int) -> None:
-    from lclseg import input_pipeline, train
+    from lclseg import input_pipeline
+    from lclseg.run import set_up_process
 
     config = phantom_run.config(folder, size=size, num_volumes=num_volumes, num_cpu_devices=1)
-    train.set_up_process(config)
+    set_up_process(config)
 
     def open_set() -> int:
         """Prepares the set if need be; returns its number of slices."""

@@ -41,12 +41,13 @@ def set_num_volumes(num_volumes: int) -> None:
 
 
 def start(config: ConfigDict, workdir: Path, *, num_volumes: int):
-    """(run, make_batch): `train.start_run`, and a function step -> sharded joint batch."""
+    """(run, make_batch): `start_run`, and a function step -> sharded joint batch."""
     from lclseg import train
     from lclseg.pseudo_labels import PseudoLabels
+    from lclseg.run import start_run
 
     set_num_volumes(num_volumes)
-    run = train.start_run(config, workdir)
+    run = start_run(config, workdir)
     entries = [run.prepared.volumes[v] for v in run.split.unlabeled]
     records = np.concatenate([np.arange(e.slices.start, e.slices.stop) for e in entries])
     shape = (len(records), config.data.image_size, config.data.image_size)

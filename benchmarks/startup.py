@@ -26,6 +26,7 @@ def serve_ours(folder: Path, size: int, threads: int, started: float) -> None:
     import jax
 
     from lclseg import train
+    from lclseg.run import set_up_process
 
     imported = time.time() - started
     config = phantom_run.config(folder, size=size, num_volumes=NUM_VOLUMES, num_cpu_devices=threads)
@@ -50,7 +51,7 @@ def serve_ours(folder: Path, size: int, threads: int, started: float) -> None:
 
         jax.monitoring.register_event_duration_secs_listener(compiled)
         train.log_scalars = log
-        train.set_up_process(config)
+        set_up_process(config)
         with tempfile.TemporaryDirectory() as workdir:
             train.train_and_evaluate(config, Path(workdir))
         result = {

@@ -50,7 +50,8 @@ def serve_ours(folder: Path, size: int, threads: int, process: tuple[int, int, i
     import jax.numpy as jnp
     import optax
 
-    from lclseg import augment, steps, train
+    from lclseg import augment, parallel, steps
+    from lclseg.run import initial_state, set_up_process
 
     config = phantom_run.config(
         folder, size=size, num_volumes=NUM_VOLUMES, num_cpu_devices=1 if process else threads
@@ -59,13 +60,13 @@ def serve_ours(folder: Path, size: int, threads: int, process: tuple[int, int, i
         values = (process[0], process[1], f"localhost:{process[2]}")
         names = ("JAX_PROCESS_ID", "JAX_NUM_PROCESSES", "JAX_COORDINATOR_ADDRESS")
         os.environ.update(zip(names, map(str, values), strict=True))
-    train.set_up_process(config)
+    set_up_process(config)
     workdir = folder / f"run_{size}_{threads}_{process}"
     with harness.stdout_to_stderr():
         run, make_batch = phantom_run.start(config, workdir, num_volumes=NUM_VOLUMES)
     batch = make_batch(0)
-    state = train.initial_state(run, 0)
-    current = {"state": train.replicate(state)}
+    state = initial_state(run, 0)
+    current = {"state": parallel.replicate(state)}
     augment_options = steps.AugmentOptions(**config.augment)
 
     def step(num_steps: int) -> float:
@@ -103,11 +104,11 @@ def serve_ours(folder: Path, size: int, threads: int, process: tuple[int, int, i
             loss_options=options,
             augment_options=augment_options,
             ema_decay=0.0,
-            axis_name=train.AXIS,
+            axis_name=parallel.AXIS,
         )
         with mock.patch.object(steps, "augment_batch", lambda key, batch, options, axis: batch):
-            start = train.replicate(state.replace(opt_state=optimizer.init(state.params)))
-            after, metrics = jax.pmap(plain, axis_name=train.AXIS, in_axes=(0, 0, None))(
+            start = parallel.replicate(state.replace(opt_state=optimizer.init(state.params)))
+            after, metrics = jax.pmap(plain, axis_name=parallel.AXIS, in_axes=(0, 0, None))(
                 start, batch, run.key
             )
         after = flax.traverse_util.flatten_dict(after.params, sep="/")
@@ -138,8 +139,8 @@ def serve_ours(folder: Path, size: int, threads: int, process: tuple[int, int, i
     def parts(repeats: int) -> dict[str, float]:
         """Median seconds of augmentation, contrastive loss, host work."""
         augmented = jax.pmap(
-            lambda batch, key: steps.augment_batch(key, batch, augment_options, train.AXIS),
-            axis_name=train.AXIS,
+            lambda batch, key: steps.augment_batch(key, batch, augment_options, parallel.AXIS),
+            axis_name=parallel.AXIS,
             in_axes=(0, None),
         )
         labels = batch["pair_label"].reshape(-1, *batch["pair_label"].shape[2:])

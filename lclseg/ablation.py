@@ -252,7 +252,7 @@ def run_missing(
 
 
 def main(argv):
-    from lclseg import interruption, processes, train
+    from lclseg import interruption, processes, run
 
     if len(argv) > 1:
         raise app.UsageError(f"unknown argument {argv[1]!r}")
@@ -263,7 +263,7 @@ def main(argv):
         sweep = load_sweep(path)
         sweep.config.data.update(data_dir=_DATA_DIR.value, manual_dir=_MANUAL_DIR.value)
         if not _TABLE_ONLY.value:
-            train.set_up_process(sweep.config)
+            run.set_up_process(sweep.config)
             if processes.several():
                 raise SweepError("a sweep runs in one process; start lclseg.main on a cluster")
             with interruption.stop_on_signals() as stop_asked:
@@ -271,7 +271,7 @@ def main(argv):
         print(markdown(sweep, read_results(folder, sweep)))
     except interruption.Interrupted as stop:
         print(f"lclseg: {stop}; the same command goes on from there")
-    except (*train.USER_ERRORS, SweepError) as error:
+    except (*run.USER_ERRORS, SweepError) as error:
         sys.exit(f"lclseg: {error}")
     except OSError as error:
         processes.end(f"lclseg: {interruption.disk_message(error, workdir)}")

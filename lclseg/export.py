@@ -19,9 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.lib import format as npy
 
-from lclseg import preprocessing, report, run_files, train, trained
+from lclseg import parallel, preprocessing, report, run_files, trained
 from lclseg.configuration import CHOICES
 from lclseg.preprocessing import Preprocessing, is_whole
+from lclseg.run import USER_ERRORS
 from lclseg.trained import ModelError, TrainedModel
 
 MODEL_FILE, PARAMETERS_FILE, CARD_FILE = "model.json", "parameters.npz", "README.md"
@@ -285,7 +286,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--workdir", type=Path, required=True, help="of the run")
     parser.add_argument("--output", type=Path, required=True, help="folder that does not exist yet")
     options = parser.parse_args(argv)
-    train.set_up_jax(1)
+    parallel.set_up_jax(1)
     output = options.output.expanduser()
     workdir = options.workdir.expanduser().absolute()
     try:
@@ -293,7 +294,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise ModelError(f"{workdir} is an exported model already; copy the folder")
         model = trained.load_run(workdir)
         write_model(model, output)
-    except (*train.USER_ERRORS, ModelError, OSError) as error:
+    except (*USER_ERRORS, ModelError, OSError) as error:
         sys.exit(f"lclseg: {error}")
     facts = model.facts
     print(

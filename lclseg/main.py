@@ -10,11 +10,14 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, e.g. con
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder for everything the run writes; default runs/<data set>/<split>."
 )
+_PREPARE_ONLY = flags.DEFINE_bool(
+    "prepare_only", False, "Prepare the data set, where it was not yet, and end."
+)
 
 
 def main(argv):
     # Imported here: the processes that prepare volumes import this module, but need no JAX.
-    from lclseg import interruption, processes, report, train
+    from lclseg import interruption, processes, report, run, train
 
     if len(argv) > 1:
         raise app.UsageError(f"unknown argument {argv[1]!r}; options look like --config.seed=1")
@@ -26,7 +29,10 @@ def main(argv):
     workdir = Path(_WORKDIR.value or default).expanduser().absolute()
     with processes.ending_together():
         try:
-            train.set_up_process(config)
+            run.set_up_process(config)
+            if _PREPARE_ONLY.value:
+                print(run.prepare(config))
+                return
             with (
                 interruption.stop_on_signals() as stop_asked,
                 processes.own_workdir(workdir) as folder,
@@ -35,7 +41,7 @@ def main(argv):
         except interruption.Interrupted as stop:
             print(f"lclseg: {stop}; the same command goes on from there")
             return
-        except train.USER_ERRORS as error:
+        except run.USER_ERRORS as error:
             sys.exit(f"lclseg: {error}")
         except OSError as error:
             processes.end(f"lclseg: {interruption.disk_message(error, workdir)}")

@@ -20,19 +20,20 @@ from lclseg import (
     evaluation,
     export,
     metrics,
+    parallel,
     preprocessing,
     report,
     run_files,
-    train,
     trained,
     volumes,
 )
 from lclseg.nifti_folder import SUFFIXES, Files, is_label, niftis, stem
 from lclseg.preprocessing import Preprocessing
+from lclseg.run import USER_ERRORS as RUN_ERRORS
 from lclseg.trained import ModelError, TrainedModel
 from lclseg.volumes import VolumeError
 
-USER_ERRORS = (*train.USER_ERRORS, ModelError, OSError)
+USER_ERRORS = (*RUN_ERRORS, ModelError, OSError)
 # Where a label of NAME may be: the ways of ACDC, nnU-Net and MM-WHS among them.
 LABEL_NAMES: tuple[Callable[[str], str], ...] = (
     lambda name: name,
@@ -170,8 +171,8 @@ def load_models(folders: Sequence[Path]) -> list[TrainedModel]:
 def mean_predictor(models: Sequence[TrainedModel]) -> evaluation.Predict:
     """Maps slices [M, H, W] to the mean of the models' probabilities [M, H, W, C]."""
     predictors = [
-        train.batched_predictor(
-            train.compiled_predict(trained.unet(m.preprocessing, m.architecture)),
+        parallel.batched_predictor(
+            parallel.compiled_predict(trained.unet(m.preprocessing, m.architecture)),
             m.state,
             batch_size=m.batch_size,
         )
@@ -339,7 +340,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--probabilities", action="store_true", help="write NAME_probabilities.nii.gz, too")
     add("--labels", type=Path, help="folder of labels: Dice, HD95 and ASSD are computed")
     options = parser.parse_args(argv)
-    train.set_up_jax(len(os.sched_getaffinity(0)))
+    parallel.set_up_jax(len(os.sched_getaffinity(0)))
     try:
         summary = predict_files(
             [p.expanduser().absolute() for p in options.workdir],

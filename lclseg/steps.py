@@ -1,7 +1,7 @@
 """Pure training and prediction steps: functions of a TrainState, ready for jit or pmap.
 
-The steps know only the name of the device axis; `train.py` maps them over devices. Letters: B local
-labelled slices, P local pairs, H W pixels, C classes.
+The steps know only the name of the device axis; `parallel.py` maps them over devices. Letters: B
+local labelled slices, P local pairs, H W pixels, C classes.
 
 Gradients over devices: each device differentiates its local *sum* divided by the global count, then
 gradients are summed over devices. BatchNorm averages its statistics over devices inside the forward

@@ -1,30 +1,22 @@
 """The run: baseline, then rounds of pseudo-labelling and joint training (arXiv:2112.09645).
 
 `train_and_evaluate` is the whole story; `run_round` maps (best state, pseudo-labels) to the next.
-This is the only module that maps steps over devices.
 """
 
 import contextlib
-import dataclasses
 import errno
 import functools
 import json
 import logging
 import math
-import os
-import shutil
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import absl.logging
 import flax.jax_utils
 import jax
 import numpy as np
-import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
@@ -33,7 +25,7 @@ from lclseg import (
     consistency,
     evaluation,
     input_pipeline,
-    preprocessing,
+    parallel,
     processes,
     proposal,
     report,
@@ -42,31 +34,19 @@ from lclseg import (
     tensorboard,
 )
 from lclseg.configuration import (
-    JOINT_ONLY,
-    MACHINE_KEYS,
     ConfigError,
-    check_config,
-    differing_keys,
-    refused_changes,
 )
 from lclseg.crf import dense_crf
 from lclseg.interruption import Interrupted
-from lclseg.models import UNet
-from lclseg.prepared import PreparedSet, open_prepared
 from lclseg.pseudo_labels import (
-    PseudoLabelError,
     PseudoLabels,
     load_pseudo_labels,
     make_pseudo_labels,
 )
-from lclseg.splits import Split, SplitError, resolve_split
-from lclseg.volumes import VolumeError
+from lclseg.run import Run, evaluate_state, initial_state, predictor, start_run, take_over_baseline
 
-AXIS = "devices"
 ZEROS_TO_WARN = 5  # validations in a row
 OVERLAYS = 2  # validation volumes shown in TensorBoard
-# What the user can mend; a program shows the message and no traceback.
-USER_ERRORS = (ConfigError, SplitError, VolumeError, PseudoLabelError, FloatingPointError)
 logger = logging.getLogger("lclseg")
 
 
@@ -76,341 +56,6 @@ class Best(NamedTuple):
     state: steps.TrainState
     validation_dice: float
     stage: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """What stays the same throughout a run.
-
-    Attributes:
-      config: resolved and frozen.
-      workdir: everything is written below it.
-      prepared: the data set.
-      split: volume ids by role.
-      model: the U-Net.
-      key: the run's random key.
-      optimizers: by stage kind, "baseline" and "joint".
-      train_steps: likewise, compiled over devices: (state, batch, key) -> (state, metrics).
-      batch_statistics: (replicated state, batch, key) -> statistics, compiled.
-      predict: (replicated state, images [N, M, H, W]) -> probs [N, M, H, W, C], compiled.
-      stop_asked: whether the run shall stop as soon as nothing is lost.
-    """
-
-    config: ConfigDict
-    workdir: Path
-    prepared: PreparedSet
-    split: Split
-    model: UNet
-    key: jax.Array
-    optimizers: dict[str, optax.GradientTransformation]
-    train_steps: dict[str, Callable]
-    batch_statistics: Callable
-    predict: Callable
-    stop_asked: Callable[[], bool]
-
-
-def set_up_process(config: ConfigDict) -> None:
-    """Logging, the compilation cache, CPU devices, and the other processes of a cluster.
-
-    Runs before JAX's first computation. The CPU becomes one JAX device per core, as far as the
-    batch divides among them: XLA's CPU gradients hardly use threads; several devices do. No effect
-    on GPU and TPU.
-    """
-    cluster = processes.settings()
-    cores = len(os.sched_getaffinity(0))
-    common = math.gcd(config.data.labeled_batch_size, sum(config.data.pairs.values()))
-    common = max(1, common // cluster.get("num_processes", 1))
-    auto = max(n for n in range(1, cores + 1) if common % n == 0)
-    set_up_jax(config.num_cpu_devices or auto)
-    processes.connect(**cluster)
-    logger.setLevel(logging.INFO if processes.is_first() else logging.ERROR)
-
-
-def set_up_jax(num_cpu_devices: int) -> None:
-    """Logging, the compilation cache and CPU devices; runs before JAX's first computation."""
-    # Orbax and TFDS log by the page, and raise what they log as errors.
-    absl.logging.set_verbosity(absl.logging.FATAL)
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-    threading.excepthook = tell_of_thread
-    logger.setLevel(logging.INFO)
-    cache = Path("~/.cache/lclseg/xla").expanduser()
-    jax.config.update("jax_compilation_cache_dir", str(cache))
-    jax.config.update("jax_num_cpu_devices", num_cpu_devices)
-
-
-def tell_of_thread(failed: threading.ExceptHookArgs) -> None:
-    """One line where the disk stopped a thread (TensorBoard's), instead of a traceback."""
-    if not issubclass(failed.exc_type, OSError):
-        return threading.__excepthook__(failed)
-    logger.warning("a thread that writes files stopped: %s", failed.exc_value)
-
-
-def make_optimizer(config: ConfigDict, num_steps: int) -> optax.GradientTransformation:
-    """Adam, with the config's learning rate, constant or decaying to 0 over the stage."""
-    rate = config.learning_rate
-    if config.schedule == "cosine":
-        rate = optax.cosine_decay_schedule(rate, num_steps)
-    return optax.adam(rate)
-
-
-def start_run(
-    config: ConfigDict, workdir: Path, stop_asked: Callable[[], bool] = lambda: False
-) -> Run:
-    """Checks config and data, claims the workdir, and builds model and compiled steps.
-
-    Raises:
-      ConfigError, SplitError, VolumeError: before any work is lost.
-    """
-    check_config(config, num_devices=jax.device_count())
-    with processes.first_goes_first():
-        prepared = open_prepared(
-            config.data.name,
-            image_size=config.data.image_size,
-            target_spacing_mm=config.data.target_spacing_mm,
-            n4_shrink_factor=config.data.n4_shrink_factor,
-            data_dir=config.data.data_dir,
-            manual_dir=config.data.manual_dir,
-            options=proposal.builder_options(config.data),
-        )
-    check_processes_agree(config, prepared)
-    # Own data may be a mask to learn from, one to choose the checkpoint by, and no more.
-    own = config.data.name == proposal.NAME
-    split = resolve_split(config.data, prepared.volumes, may_lack_test=own)
-    if config.rounds.num_rounds and not split.unlabeled:
-        raise ConfigError(
-            "there is no unlabelled volume to run rounds on; set rounds.num_rounds=0, or give some "
-            "in data.unlabeled"
-        )
-    model = UNet(
-        num_classes=prepared.num_classes,
-        filters=tuple(config.model.filters),
-        embedding_dim=config.model.embedding_dim,
-        dtype=config.model.dtype,
-        axis_name=AXIS,
-    )
-    optimizers = {
-        "baseline": make_optimizer(config.optimizer, config.rounds.baseline_steps),
-        "joint": make_optimizer(config.optimizer, config.rounds.steps_per_round),
-    }
-    options = {
-        "model": model,
-        "loss_options": steps.LossOptions(**config.loss),
-        "augment_options": steps.AugmentOptions(**config.augment),
-        "axis_name": AXIS,
-    }
-
-    def compiled(optimizer):
-        step = functools.partial(
-            steps.train_step,
-            optimizer=optimizer,
-            ema_decay=config.optimizer.ema_decay,
-            **options,
-        )
-        return jax.pmap(
-            step,
-            axis_name=AXIS,
-            in_axes=(0, 0, None),
-            devices=processes.devices(),
-            donate_argnums=(0,),
-        )
-
-    claim_workdir(config, workdir)
-    # With it a prediction needs neither the prepared set nor the code that made it.
-    how = preprocessing.to_json(prepared.preprocessing)
-    run_files.write_json(workdir / "preprocessing.json", how)
-    run_files.write_json(workdir / "splits.json", split._asdict())
-    return Run(
-        config=config,
-        workdir=workdir,
-        prepared=prepared,
-        split=split,
-        model=model,
-        key=jax.random.key(config.seed),
-        optimizers=optimizers,
-        train_steps={kind: compiled(o) for kind, o in optimizers.items()},
-        batch_statistics=jax.pmap(
-            functools.partial(steps.batch_statistics, **options),
-            axis_name=AXIS,
-            in_axes=(0, 0, None),
-            devices=processes.devices(),
-        ),
-        predict=compiled_predict(model),
-        stop_asked=lambda: processes.any_process(stop_asked()),
-    )
-
-
-def check_processes_agree(config: ConfigDict, prepared: PreparedSet) -> None:
-    """Raises ConfigError where a process has another config or other data than the first."""
-    if jax.device_count() != jax.process_count() * jax.local_device_count():
-        raise ConfigError(
-            f"this process has {jax.local_device_count()} of {jax.device_count()} devices; wanted "
-            f"as many in each of the {jax.process_count()} processes"
-        )
-    own = json.loads(config.to_json_best_effort())
-    first = processes.json_from_first(own)
-    keys = [k for k in differing_keys(first, own) if k not in MACHINE_KEYS]
-    if keys:
-        raise ConfigError(
-            f"the first process has other values of {', '.join(keys[:8])}; start the same command "
-            "everywhere"
-        )
-    counts = {v: e.class_pixels.tolist() for v, e in prepared.volumes.items()}
-    if processes.json_from_first(counts) != counts:
-        raise ConfigError(
-            f"the prepared set of {config.data.name} is not the first process' one; prepare it anew"
-        )
-
-
-def claim_workdir(config: ConfigDict, workdir: Path) -> None:
-    """Creates the workdir with the config in it, or checks that its run can go on with this config.
-
-    A run may be longer than it was, and go on elsewhere or on other devices; see `refused_changes`.
-
-    Raises:
-      ConfigError: the folder holds something else, or a run that cannot go on with this config.
-    """
-    path = workdir / "config.json"
-    text = config.to_json_best_effort(indent=2, sort_keys=True) + "\n"
-    if path.exists():
-        before = json.loads(path.read_text())
-        begun = [p.name for p in (workdir / "checkpoints").glob("*")]
-        keys = refused_changes(before, json.loads(text), begun)
-        if keys:
-            raise ConfigError(
-                f"{workdir} holds a run with other values of {', '.join(keys[:8])}; go on with its "
-                "config, or choose another --workdir"
-            )
-    elif workdir.exists() and any(p.name != "config.partial" for p in workdir.iterdir()):
-        raise ConfigError(f"{workdir} is not empty and no lclseg run; choose another --workdir")
-    workdir.mkdir(parents=True, exist_ok=True)
-    run_files.write_text(path, text)
-
-
-def take_over_baseline(run: Run, results: dict) -> None:
-    """Copies the finished baseline of `rounds.baseline_from`, another workdir, into this run.
-
-    Raises:
-      ConfigError: no finished baseline there, or one of another config.
-    """
-    source = Path(run.config.rounds.baseline_from).expanduser()
-    theirs = run_files.read_json(source / "results.json")
-    if theirs is None or "baseline" not in theirs["results"]:
-        raise ConfigError(f"rounds.baseline_from: no finished baseline in {source}")
-    ours = json.loads((run.workdir / "config.json").read_text())
-    keys = differing_keys(json.loads((source / "config.json").read_text()), ours)
-    keys = [k for k in keys if not k.startswith(JOINT_ONLY)]
-    if keys:
-        raise ConfigError(
-            f"rounds.baseline_from: the baseline in {source} has other values of "
-            f"{', '.join(keys[:8])}"
-        )
-    for folder in ("checkpoints/baseline", "predictions/baseline"):
-        if not (source / folder).exists():  # predictions, where there is nothing to test on
-            continue
-        shutil.copytree(source / folder, run.workdir / folder, dirs_exist_ok=True)
-    results["results"]["baseline"] = theirs["results"]["baseline"]
-    run_files.write_json(run.workdir / "results.json", results)
-
-
-def replicate(state: steps.TrainState) -> steps.TrainState:
-    """One copy per device of this process, placed as the compiled steps return it.
-
-    `flax.jax_utils.replicate` names its device axis differently: the second step would be compiled
-    anew.
-    """
-    devices = jax.local_devices()
-    sharding = NamedSharding(Mesh(np.array(devices), (AXIS,)), PartitionSpec(AXIS))
-
-    def place(x):
-        return jax.device_put(np.broadcast_to(np.asarray(x), (len(devices), *x.shape)), sharding)
-
-    return jax.tree.map(place, state)
-
-
-def compiled_predict(model: UNet) -> Callable:
-    """(replicated state, images [N, M, H, W]) -> probabilities [N, M, H, W, C]."""
-    devices = jax.local_devices()
-    return jax.pmap(functools.partial(steps.predict_step, model=model), devices=devices)
-
-
-def predictor(
-    run: Run,
-    state: steps.TrainState,
-    refine: Callable | None = None,
-    *,
-    stoppable: bool = True,
-) -> evaluation.Predict:
-    """A state's `batched_predictor`; of several processes, each predicts its part of the slices.
-
-    It stops when asked to, if `stoppable`: not in validation, which belongs to the step before it.
-    """
-    predict = batched_predictor(
-        run.predict,
-        state,
-        batch_size=-(-run.config.data.eval_batch_size // jax.process_count()),
-        refine=refine,
-        stop_asked=run.stop_asked if stoppable else lambda: False,
-    )
-    return processes.predict_together(predict)
-
-
-def batched_predictor(
-    compiled: Callable,
-    state: steps.TrainState,
-    *,
-    batch_size: int,
-    refine: Callable | None = None,
-    stop_asked: Callable[[], bool] = lambda: False,
-) -> evaluation.Predict:
-    """Maps any number of slices [M, H, W] to probabilities [M, H, W, C].
-
-    One compiled shape, of this process' devices; a part of it that M does not fill is padding.
-
-    Args:
-      compiled: see `compiled_predict`.
-      state: whose averaged weights and statistics predict.
-      batch_size: slices at once, over these devices; rounded up to a multiple of their number.
-      refine: maps (slices, probabilities) to the probabilities returned.
-      stop_asked: where it gives True, `Interrupted` is raised.
-    """
-    num_devices = jax.local_device_count()
-    per_device = -(-batch_size // num_devices)
-    capacity = per_device * num_devices
-    replicated = replicate(state)
-
-    def forward(images: np.ndarray) -> np.ndarray:
-        shape = images.shape[1:]
-        probs = compiled(replicated, images.reshape(num_devices, per_device, *shape))
-        return np.asarray(probs).reshape(*images.shape, -1)
-
-    def predict_chunk(images: np.ndarray) -> np.ndarray:
-        padding = np.zeros((capacity - len(images), *images.shape[1:]), images.dtype)
-        full = np.concatenate([images, padding])
-        probs = forward(full)
-        if refine is not None:
-            probs = np.asarray(refine(full, probs))
-        return probs[: len(images)]
-
-    def predict(images: np.ndarray) -> np.ndarray:
-        if stop_asked():
-            raise Interrupted("stopped while predicting volumes, which starts anew")
-        chunks = [images[i : i + capacity] for i in range(0, len(images), capacity)]
-        return np.concatenate([predict_chunk(chunk) for chunk in chunks])
-
-    return predict
-
-
-def evaluate_state(
-    run: Run, state: steps.TrainState, volume_ids, *, stoppable: bool, **kwargs
-) -> dict:
-    """Metrics of a state on volumes; see `evaluation.evaluate`."""
-    return evaluation.evaluate(
-        predictor(run, state, stoppable=stoppable),
-        run.prepared,
-        volume_ids,
-        batch_size=run.config.data.eval_batch_size,
-        **kwargs,
-    )
 
 
 def batch_drawer(
@@ -513,7 +158,7 @@ def fit(
             for name, value in scalars.items():
                 writer.add_scalar(name, value, first_step + number)
 
-        replicated = replicate(latest)
+        replicated = parallel.replicate(latest)
         batches = input_pipeline.read_ahead(read, first_step + done, first_step + num_steps)
         bar = tqdm(batches, stage, num_steps, initial=done, unit="step", disable=None)
         unchecked = {}  # step: metrics, still on the device
@@ -744,16 +389,6 @@ def run_round(
     best, history = fit(run, f"round_{round_number}", state, rounds.steps_per_round, pseudo_labels)
     finish_stage(run, results, best, history, started, pseudo_labels)
     return best, pseudo_label_pool(run, best, round_number + 1, pseudo_labels)
-
-
-def initial_state(run: Run, number: int) -> steps.TrainState:
-    """A fresh state; number 0 starts the baseline, number k gives round k its heads."""
-    return steps.create_train_state(
-        jax.random.fold_in(run.key, number),
-        run.model,
-        run.optimizers["baseline"],
-        image_size=run.config.data.image_size,
-    )
 
 
 def train_and_evaluate(

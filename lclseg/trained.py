@@ -8,10 +8,11 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from lclseg import checkpoint, preprocessing, run_files, steps, train
+from lclseg import checkpoint, preprocessing, run_files, steps
 from lclseg.models import UNet
 from lclseg.prepared import open_builder, preprocessing_of
 from lclseg.preprocessing import Preprocessing
+from lclseg.run import make_optimizer
 
 
 class ModelError(ValueError):
@@ -83,7 +84,7 @@ def load_run(workdir: Path, stage: str | None = None) -> TrainedModel:
     like = steps.create_train_state(
         jax.random.key(0),
         unet(how, architecture),
-        train.make_optimizer(config.optimizer, 1),
+        make_optimizer(config.optimizer, 1),
         image_size=how.image_size,
     )
     folder = workdir / "checkpoints" / stage

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from lclseg import export, predict, train, trained
+from lclseg import export, parallel, predict, trained
 from lclseg.trained import ModelError
 
 
@@ -251,7 +251,7 @@ def test_flipped_bits_are_noticed(copy):
 
 
 def test_the_command(tiny_run, model, exported, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train, "set_up_jax", lambda devices: None)
+    monkeypatch.setattr(parallel, "set_up_jax", lambda devices: None)
     output = tmp_path / "model"
     export.main(["--workdir", str(tiny_run[0]), "--output", str(output)])
     assert str(output) in capsys.readouterr().out

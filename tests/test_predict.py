@@ -9,7 +9,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from lclseg import evaluation, predict, preprocessing, train, trained, volumes
+from lclseg import evaluation, parallel, predict, preprocessing, trained, volumes
 from lclseg.nifti_folder import Files
 from lclseg.preprocessing import Preprocessing
 from lclseg.trained import ModelError
@@ -23,7 +23,7 @@ HOW = Preprocessing(("shell", "core"), (205, 850), 48, 1.5, 0, None)
 @pytest.fixture
 def main(monkeypatch):
     """The command; JAX is set up already."""
-    monkeypatch.setattr(train, "set_up_jax", lambda devices: None)
+    monkeypatch.setattr(parallel, "set_up_jax", lambda devices: None)
     return lambda *argv: predict.main([str(a) for a in argv])
 
 

@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 from tensorboardX.proto import event_pb2
 
-from lclseg import checkpoint, report, run_files, train
+import lclseg.run
+from lclseg import checkpoint, parallel, report, run_files, train
 from lclseg.configuration import ConfigError
 from lclseg.interruption import Interrupted
 from lclseg.pseudo_labels import PseudoLabelError
+from lclseg.run import initial_state, predictor, start_run
 
 ROOT = Path(__file__).parents[1]
 
@@ -311,7 +313,7 @@ def test_non_finite_loss_stops_the_run(data_dir, tmp_path):
     # The batch of the step by name, as the pipeline draws it.
     record = json.loads((tmp_path / "run" / "non_finite.json").read_text())
     assert record["step"] == 2 and len(record["labeled"]) == 4
-    run = train.start_run(config, tmp_path / "run")
+    run = start_run(config, tmp_path / "run")
     records = train.batch_drawer(run, None)(1).labeled
     first = run.prepared.volumes["phantom_000"].first_slice
     assert record["labeled"] == [f"phantom_000, slice {r - first}" for r in records]
@@ -320,20 +322,20 @@ def test_non_finite_loss_stops_the_run(data_dir, tmp_path):
 
 def test_cpu_devices_divide_the_batches(monkeypatch):
     chosen = {}
-    monkeypatch.setattr(train.threading, "excepthook", train.threading.excepthook)
+    monkeypatch.setattr(parallel.threading, "excepthook", parallel.threading.excepthook)
     monkeypatch.setattr(jax.config, "update", lambda name, value: chosen.update({name: value}))
-    monkeypatch.setattr(train.os, "sched_getaffinity", lambda _: set(range(8)))
-    monkeypatch.setattr(train.processes, "connect", lambda **cluster: None)
+    monkeypatch.setattr(lclseg.run.os, "sched_getaffinity", lambda _: set(range(8)))
+    monkeypatch.setattr(lclseg.run.processes, "connect", lambda **cluster: None)
     config = runpy.run_path(str(ROOT / "configs" / "default.py"))["get_config"]()
-    train.set_up_process(config)  # 20 slices and 10 pairs on 8 cores
+    lclseg.run.set_up_process(config)  # 20 slices and 10 pairs on 8 cores
     assert chosen["jax_num_cpu_devices"] == 5
     config.num_cpu_devices = 2
-    train.set_up_process(config)
+    lclseg.run.set_up_process(config)
     assert chosen["jax_num_cpu_devices"] == 2
     config.num_cpu_devices = 0
     cluster = {"num_processes": 2}  # 10 and 5 are left for each
-    monkeypatch.setattr(train.processes, "settings", lambda: cluster)
-    train.set_up_process(config)
+    monkeypatch.setattr(lclseg.run.processes, "settings", lambda: cluster)
+    lclseg.run.set_up_process(config)
     assert chosen["jax_num_cpu_devices"] == 5
 
 
@@ -391,10 +393,10 @@ def test_gate_in_a_run(data_dir, tmp_path, monkeypatch):
 
 def test_predictions_pass_through_the_refinement(finished, data_dir, tmp_path):
     workdir, _ = finished
-    run = train.start_run(tiny_config(data_dir), workdir)
-    state = train.initial_state(run, 0)
+    run = start_run(tiny_config(data_dir), workdir)
+    state = initial_state(run, 0)
     images, _ = run.prepared.read_slices(range(5))  # less than a batch: padded and cut again
-    plain = train.predictor(run, state)(images)
+    plain = predictor(run, state)(images)
     seen = []
 
     def swap_classes(slices, probs):
@@ -402,6 +404,6 @@ def test_predictions_pass_through_the_refinement(finished, data_dir, tmp_path):
         np.testing.assert_array_equal(slices[:5], images)
         return probs[..., ::-1]
 
-    refined = train.predictor(run, state, swap_classes)(images)
+    refined = predictor(run, state, swap_classes)(images)
     np.testing.assert_array_equal(refined, plain[..., ::-1])
     assert seen == [(16, 32, 32)]
