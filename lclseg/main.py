@@ -1,4 +1,8 @@
-"""python -m lclseg.main --config=configs/acdc.py [--workdir=DIR] [--config.group.field=value]"""
+"""python -m lclseg.main --config=configs/acdc.py [--workdir=DIR] [--config.group.field=value]
+
+Trains and tests. configs/default.py lists every group.field with its meaning; a wrong one is named
+before any work.
+"""
 
 import sys
 from pathlib import Path

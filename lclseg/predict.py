@@ -206,7 +206,12 @@ def read_case(case: Files, how: Preprocessing) -> tuple[volumes.Volume, np.ndarr
     image = volumes.read_image(case.image, channel=how.channel if four_dimensional else None)
     if case.label is not None:
         raw = volumes.read_raw_label(case.label, image, case.image)
-        classes = volumes.map_label_values(case.label, raw, how.label_values)
+        classes, others = volumes.map_label_values(raw, how.label_values)
+        if others and not how.others_are_background:
+            raise VolumeError(
+                f"{case.label}: found label values {', '.join(f'{v:g}' for v in others)}; wanted 0 "
+                f"and the classes' {', '.join(map(str, how.label_values))}"
+            )
         image = image._replace(label=classes)
     image = volumes.slices_last(image, how.slice_axis)
     return image, image.label

@@ -200,18 +200,19 @@ def open_builder(
 def preprocessing_of(builder: tfds.core.DatasetBuilder) -> Preprocessing:
     """How the volumes of a builder become slices, whether or not they have done so yet."""
     metadata = builder.info.metadata
-    if "label_values" not in metadata:
+    if "others_are_background" not in metadata:
         # Prepared before sets stored these. They changed no byte then, so the code's hold.
         metadata = builder._info().metadata
     config = builder.builder_config
     return Preprocessing(
         class_names=tuple(metadata["class_names"]),
         label_values=tuple(metadata["label_values"]),
+        others_are_background=metadata["others_are_background"],
         image_size=config.image_size,
         target_spacing_mm=config.target_spacing_mm,
         n4_shrink_factor=config.n4_shrink_factor,
         channel=metadata["channel"],
-        slice_axis=metadata.get("slice_axis", 2),
+        slice_axis=metadata["slice_axis"],
     )
 
 

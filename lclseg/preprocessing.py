@@ -23,6 +23,7 @@ class Preprocessing(NamedTuple):
     Attributes:
       class_names: of the foreground classes 1, 2, ...
       label_values: which the label files of the data set have for them.
+      others_are_background: whether other values of these files count as background, or are errors.
       image_size: H = W.
       target_spacing_mm: in-plane spacing of the training grid.
       n4_shrink_factor: of N4 bias-field correction, see `bias_field`; 0: none.
@@ -32,6 +33,7 @@ class Preprocessing(NamedTuple):
 
     class_names: tuple[str, ...]
     label_values: tuple[int, ...]
+    others_are_background: bool
     image_size: int
     target_spacing_mm: float
     n4_shrink_factor: int
@@ -110,6 +112,7 @@ def _is_length(value: Any) -> bool:
 WANTED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "class_names": (_are_names, "a list of different names"),
     "label_values": (_are_label_values, f"different whole numbers 1..{volumes.MAX_LABEL_VALUE}"),
+    "others_are_background": (lambda v: type(v) is bool, "true or false"),
     "image_size": (lambda v: is_whole(v, 1, MAX_IMAGE_SIZE), f"1..{MAX_IMAGE_SIZE}"),
     "target_spacing_mm": (_is_length, "a number above 0"),
     "n4_shrink_factor": (lambda v: is_whole(v, 0, 64), "0..64"),

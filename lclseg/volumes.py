@@ -9,7 +9,6 @@ and both spacings are kept exactly. The way back is the same map solved for o.
 """
 
 import contextlib
-import logging
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -19,7 +18,6 @@ from typing import NamedTuple
 import nibabel as nib
 import numpy as np
 
-logger = logging.getLogger("lclseg")
 AFFINE_TOLERANCE = 1e-3
 # A header can ask for any amount of memory, and a few compressed kilobytes can fill it.
 MAX_VOXELS = 2**28  # 1024 x 1024 x 256
@@ -241,44 +239,22 @@ def check_label_values(path: Path, label: np.ndarray, highest: int) -> None:
         raise VolumeError(f"{path}: found label values {named}; wanted whole numbers 0..{highest}")
 
 
-def map_label_values(path: Path, raw: np.ndarray, values: Sequence[int]) -> np.ndarray:
-    """Classes 1, 2, ... in place of the label values of a data set; other values: background.
-
-    Those are logged, with their number of voxels. Where `values` are 1, 2, ... themselves, every
-    other value is an error.
+def map_label_values(raw: np.ndarray, values: Sequence[int]) -> tuple[np.ndarray, dict[float, int]]:
+    """Classes 1, 2, ... in place of the label values of a data set; all others are background.
 
     Args:
-      path: named in errors.
       raw: [X, Y, S], as the file has it.
       values: of the classes 1, 2, ...
 
     Returns:
-      [X, Y, S] uint8.
-
-    Raises:
-      VolumeError: none of the values occurs, or see above.
+      Classes, [X, Y, S] uint8; and the other values but 0, with their number of voxels.
     """
-    if tuple(values) == tuple(range(1, len(values) + 1)):
-        check_label_values(path, raw, len(values))
-        return raw.astype(np.uint8)
-    found, counts = np.unique(raw, return_counts=True)
-    if not np.isin(found, values).any():
-        raise VolumeError(
-            f"{path}: found label values {', '.join(f'{v:g}' for v in found[:8])}; wanted some of "
-            f"{', '.join(map(str, values))}"
-        )
-    odd = ~np.isin(found, (0, *values))
-    if odd.any():
-        # From a worker process, where an unconfigured logger writes warnings to stderr.
-        logger.warning(
-            "%s: unknown label values count as background: %s",
-            path,
-            ", ".join(f"{v:g} ({n} voxels)" for v, n in zip(found[odd], counts[odd], strict=True)),
-        )
     label = np.zeros(raw.shape, np.uint8)
     for c, value in enumerate(values, start=1):
         label[raw == value] = c
-    return label
+    found, counts = np.unique(raw, return_counts=True)
+    others = {float(v): int(n) for v, n in zip(found, counts, strict=True) if v not in (0, *values)}
+    return label, others
 
 
 def read_header(path: Path) -> nib.Nifti1Header:

@@ -343,12 +343,12 @@ def test_mmwhs(tmp_path, capfd):
 
 def test_mmwhs_label_already_mapped(tmp_path):
     """Classes in place of raw values would all become background: an error, not a warning."""
+    write(tmp_path / "mr_train_1001_image.nii.gz", noise(0, (6, 7, 3)))
+    labels = np.arange(6 * 7 * 3, dtype=np.int16).reshape(6, 7, 3) % 8
+    write(tmp_path / "mr_train_1001_label.nii.gz", labels)
+    (case,) = mmwhs.find_cases(tmp_path)
     with pytest.raises(volumes.VolumeError, match=r"1001.*found label values 0, 1, 2.*205, 420"):
-        volumes.map_label_values(
-            tmp_path / "mr_train_1001_label.nii.gz",
-            np.arange(8).reshape(2, 2, 2),
-            mmwhs.RAW_VALUES,
-        )
+        mmwhs.load(case)
 
 
 @pytest.mark.parametrize(("shift", "fits"), [(5e-4, True), (5e-3, False)])

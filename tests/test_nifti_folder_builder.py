@@ -216,10 +216,12 @@ def test_label_values_of_sets_prepared_before_they_were_stored(tmp_path):
     (path,) = (tmp_path / "prepared").rglob("metadata.json")
     metadata = json.loads(path.read_text())
     assert metadata.pop("label_values") == list(values)
+    assert metadata.pop("others_are_background")
     assert metadata.pop("slice_axis") == 2
     path.write_text(json.dumps(metadata))
     old = open_prepared("mmwhs", manual_dir="", **grid)
     assert (old.preprocessing.label_values, old.slice_axis) == (values, 2)
+    assert old.preprocessing.others_are_background
 
 
 def test_chosen_label_values(tmp_path):

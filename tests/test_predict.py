@@ -17,7 +17,7 @@ from lclseg.volumes import VolumeError
 from tfds_builders.phantom import synthesis
 
 TEST_VOLUMES = (4, 5)
-HOW = Preprocessing(("shell", "core"), (205, 850), 48, 1.5, 0, None)
+HOW = Preprocessing(("shell", "core"), (205, 850), True, 48, 1.5, 0, None)
 
 
 @pytest.fixture
@@ -281,6 +281,20 @@ def test_metrics_map_the_data_sets_label_values(tmp_path):
         f"{summary['dice_per_class']['shell']:.4f}",
     ]
     assert lines[-1].split()[:3] == ["mean", "all", f"{summary['mean_dice']:.4f}"]
+
+
+def test_metrics_take_other_label_values_as_training_did(tmp_path):
+    affine, spacing = geometry("plain")
+    raw = two_balls((60, 44, 7), spacing)
+    raw[0, 0, 0] = 3
+    write(tmp_path / "case.nii.gz", raw * np.float32(100), affine)
+    write(tmp_path / "labels" / "case.nii.gz", raw, affine)
+    (case,) = predict.find_cases(tmp_path / "case.nii.gz", tmp_path / "labels")
+    how = HOW._replace(label_values=(1, 2))
+    _, label = predict.read_case(case, how)
+    np.testing.assert_array_equal(label, np.where(raw == 3, 0, raw))
+    with pytest.raises(VolumeError, match=r"case\.nii\.gz: found label values 3; wanted 0 .* 1, 2"):
+        predict.read_case(case, how._replace(others_are_background=False))
 
 
 def test_table_tells_of_missed_and_absent_classes(tmp_path):

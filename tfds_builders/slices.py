@@ -77,6 +77,7 @@ def dataset_info(
     class_names: Sequence[str],
     description: str,
     label_values: Sequence[int] | None = None,
+    others_are_background: bool = False,
     channel: int | None = None,
     slice_axis: int = 2,
     **kwargs,
@@ -87,6 +88,7 @@ def dataset_info(
       class_names: of the foreground, labels 1, 2, ...
       label_values: which the data set's own label files have for them, and predictions shall have;
         None: 1, 2, ...
+      others_are_background: whether these may have other values, too.
       channel: of 4-D files, which one is the image; None: files are 3-D.
       slice_axis: of the files; `generate_examples` gets volumes with slices on the last axis.
     """
@@ -115,6 +117,7 @@ def dataset_info(
         metadata=tfds.core.MetadataDict(
             class_names=list(class_names),
             label_values=list(label_values or range(1, len(class_names) + 1)),
+            others_are_background=others_are_background,
             channel=channel,
             slice_axis=slice_axis,
             volumes=[],

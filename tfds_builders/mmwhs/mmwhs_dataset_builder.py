@@ -1,8 +1,10 @@
 """MM-WHS (Multi-Modality Whole Heart Segmentation) 2017, MR: seven structures of the heart."""
 
+import logging
 import re
 from pathlib import Path
 
+import numpy as np
 import tensorflow_datasets as tfds
 
 from lclseg import volumes
@@ -11,6 +13,7 @@ from tfds_builders import slices
 CLASS_NAMES = ("MYO", "LA", "LV", "RA", "RV", "AA", "PA")
 # Of the classes 1..7, in the files, where 421 occurs too: it counts as background.
 RAW_VALUES = (205, 420, 500, 550, 600, 820, 850)
+logger = logging.getLogger("lclseg")
 
 
 def find_cases(folder: Path) -> list[slices.Case]:
@@ -36,13 +39,23 @@ def find_cases(folder: Path) -> list[slices.Case]:
 
 
 def load(case: slices.Case) -> volumes.Volume:
-    """Reads a case; raises `volumes.VolumeError`."""
+    """Reads a case; raises `volumes.VolumeError`, too where a label shows no structure at all."""
     image = volumes.read_image(Path(case.image))
     if case.label is None:
         return image
     path = Path(case.label)
     raw = volumes.read_raw_label(path, image, Path(case.image))
-    return image._replace(label=volumes.map_label_values(path, raw, RAW_VALUES))
+    label, others = volumes.map_label_values(raw, RAW_VALUES)
+    if not label.any():
+        found = ", ".join(f"{v:g}" for v in np.unique(raw)[:8])
+        raise volumes.VolumeError(
+            f"{path}: found label values {found}; wanted some of {', '.join(map(str, RAW_VALUES))}"
+        )
+    if others:
+        listed = ", ".join(f"{v:g} ({n} voxels)" for v, n in others.items())
+        # In a worker process, an unconfigured logger writes warnings to stderr.
+        logger.warning("%s: unknown label values count as background: %s", path, listed)
+    return image._replace(label=label)
 
 
 class Builder(tfds.core.GeneratorBasedBuilder):
@@ -61,6 +74,7 @@ class Builder(tfds.core.GeneratorBasedBuilder):
             self,
             class_names=CLASS_NAMES,
             label_values=RAW_VALUES,
+            others_are_background=True,
             description="MM-WHS MR: myocardium of the left ventricle (1), left atrium (2), left "
             "ventricle (3), right atrium (4), right ventricle (5), ascending aorta (6), pulmonary "
             "artery (7).",

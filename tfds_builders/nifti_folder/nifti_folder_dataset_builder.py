@@ -8,7 +8,6 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import tensorflow_datasets as tfds
 
 from lclseg import proposal, volumes
@@ -62,20 +61,14 @@ def grid_config(
     )
 
 
-def map_label(raw: np.ndarray, label_values: Sequence[int]) -> np.ndarray:
-    """Classes 1, 2, ... in place of the given values, 0 in place of others; uint8."""
-    table = np.zeros(volumes.MAX_LABEL_VALUE + 1, np.uint8)
-    table[list(label_values)] = range(1, len(label_values) + 1)
-    return table[raw]
-
-
 def load(case: slices.Case, *, label_values: Sequence[int], slice_axis: int) -> volumes.Volume:
     """Reads a case, slices last; raises `volumes.VolumeError`."""
     volume = volumes.read_image(Path(case.image))
     if case.label is not None:
         path = Path(case.label)
         raw = proposal.whole_numbers(path, volumes.read_raw_label(path, volume, Path(case.image)))
-        volume = volume._replace(label=map_label(raw, label_values))
+        label, _ = volumes.map_label_values(raw, label_values)
+        volume = volume._replace(label=label)
     return volumes.slices_last(volume, slice_axis)
 
 
@@ -97,6 +90,7 @@ class Builder(tfds.core.GeneratorBasedBuilder):
             self,
             class_names=config.class_names,
             label_values=config.label_values,
+            others_are_background=True,
             slice_axis=config.slice_axis,
             description=f"Own volumes: {classes}.",
         )
