@@ -281,18 +281,24 @@ def test_a_misplaced_folder_leaves_nothing_behind(tmp_path):
 
 
 def test_a_broken_file_leaves_nothing_behind(tmp_path):
-    """The message names the file; with the file mended, the same call prepares the set."""
+    """The message names all of them; with the files mended, the same call prepares the set."""
     root = make_acdc(tmp_path / "ACDC")
     broken = root / "patient090" / "patient090_frame04.nii.gz"
     content = broken.read_bytes()
     broken.write_bytes(content[: len(content) // 2])
-    with pytest.raises(VolumeError, match=f"{broken}: not readable as NIfTI"):
+    label = next(root.glob("patient0*/patient*_frame??_gt.nii.gz"))
+    label_content = label.read_bytes()
+    label.write_bytes(MAC_JUNK)
+    with pytest.raises(VolumeError, match=f"{broken}: not readable as NIfTI") as caught:
         open_set("acdc", tmp_path, root)
+    assert f"{label}: not readable" in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 2
     assert nothing_prepared(tmp_path)
     with pytest.raises(VolumeError, match="data.manual_dir is not set"):
         open_set("acdc", tmp_path)
 
     broken.write_bytes(content)
+    label.write_bytes(label_content)
     prepared = open_set("acdc", tmp_path, root)
     assert [len(v.slices) for v in prepared.volumes.values()] == [3, 2, 4]
     check_volume(

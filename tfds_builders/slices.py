@@ -5,6 +5,7 @@ become preprocessed slices. Every slice carries its volume's identity and native
 label included, so that training and evaluation need the prepared set only.
 """
 
+import collections
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -22,9 +23,8 @@ from tqdm import tqdm
 
 from lclseg import preprocessing, volumes
 
-SPLIT = (
-    "slices"  # Roles (labelled, unlabelled, validation, test) are chosen by patient in the config.
-)
+# One split: roles (labelled, unlabelled, validation, test) are chosen by patient in the config.
+SPLIT = "slices"
 
 
 class Case(NamedTuple):
@@ -239,7 +239,8 @@ def generate_examples(
       load: module-level function, Case -> Volume; runs in worker processes.
 
     Raises:
-      volumes.VolumeError: what `load` raised first, or two cases of one id.
+      volumes.VolumeError: what `load` raised, a line for each problem of any case; or two cases of
+        one id.
     """
     ids = [case.volume_id for case in cases]
     repeated = sorted({i for i in ids if ids.count(i) > 1})
@@ -259,10 +260,12 @@ def generate_examples(
     workers = min(len(os.sched_getaffinity(0)), len(cases))
     # Spawned, not forked: the parent may hold JAX's threads.
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
+    with (
+        _one_thread_per_worker(),
+        concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool,
+    ):
+        prepared = _in_order(pool, prepare, cases, ahead=4 * workers)
         try:
-            with _one_thread_per_worker():
-                prepared = pool.map(prepare, cases)  # starts the workers
             for examples in tqdm(prepared, "preparing volumes", len(cases), disable=None):
                 pixels = [np.bincount(e["label"].ravel(), minlength=num_classes) for e in examples]
                 metadata["volumes"].append(
@@ -278,6 +281,33 @@ def generate_examples(
                 for example in examples:
                     yield key, example
                     key += 1
-        except BaseException:
+        except BaseException as error:
             pool.shutdown(cancel_futures=True)
+            if isinstance(error, volumes.VolumeError):
+                problems = _problems(cases, load) or [str(error)]
+                raise volumes.VolumeError("\n".join(problems)) from error
             raise
+
+
+def _in_order(
+    pool: concurrent.futures.Executor, function: Callable, items: Sequence, *, ahead: int
+) -> Iterator:
+    """As `pool.map`, holding the results of `ahead` items at most, not of all of them."""
+    pending: collections.deque[concurrent.futures.Future] = collections.deque()
+    for item in items:
+        pending.append(pool.submit(function, item))
+        if len(pending) == ahead:
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()
+
+
+def _problems(cases: Sequence[Case], load: Callable[[Case], volumes.Volume]) -> list[str]:
+    """What is wrong with the cases, a line for each problem."""
+    problems = []
+    for case in tqdm(cases, "looking for more problems", disable=None, leave=False):
+        try:
+            load(case)
+        except volumes.VolumeError as error:
+            problems += str(error).splitlines()
+    return problems
