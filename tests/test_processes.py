@@ -119,8 +119,8 @@ def test_two_processes_train_as_one(program, together, tmp_path):
     """2 processes x 2 devices against 1 x 4: 14 steps in three stages, weights within 1e-5.
 
     The largest difference found is 9e-7, in running variances of up to 14. The seed matters: with
-    seed 0 the fourth step meets a kink (ReLU, max-pooling), where weights moved by 2e-7 change the
-    gradient by 1 % and the loss not at all; there 4 devices differ from 2 without processes, too.
+    seed 0 rounding turns the sign of one ReLU's input in the fourth step, and the gradient jumps by
+    a few per cent; there 4 devices differ from 2 without processes, too (README.md, determinism).
     """
     options = (*STEP_BY_STEP, "--config.num_cpu_devices=4")
     program.finish(tmp_path / "run", *options)
