@@ -2,12 +2,13 @@
 
 Arrays and plain values in, text out. Colours of the charts are CSS variables (--ink, --muted,
 --rule, --c0 ... --c6), so that one figure reads on light and on dark ground; text takes the page's
-font (--font). Figures share no ids, if each gets its own `name`.
+font (--font). Two figures may have the same ids: `elements.document` tells them apart.
 """
 
 import io
+import itertools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import matplotlib
@@ -49,6 +50,16 @@ _STYLE = {
 }
 
 
+def series(number: int) -> list[str]:
+    """Colours of so many classes or runs; beyond `len(SERIES)` they come again."""
+    return list(itertools.islice(itertools.cycle(SERIES), number))
+
+
+def css(color: str) -> str:
+    """A colour as CSS: that of a chart changes with the theme."""
+    return f"var(--{_VARIABLES[color]})" if color in _VARIABLES else color
+
+
 class Line(NamedTuple):
     """A line of a chart: x, y [n]; a colour, INK, MUTED or of SERIES; width in points."""
 
@@ -61,7 +72,6 @@ class Line(NamedTuple):
 
 
 def line_chart(
-    name: str,
     lines: Sequence[Line],
     *,
     x_label: str,
@@ -95,18 +105,17 @@ def line_chart(
         axes.set_ylim(*y_limits)
         axes.margins(x=0.02)
 
-    return _svg(name, (4.6, 2.8), draw)
+    return _svg((4.6, 2.8), draw)
 
 
 def strip_chart(
-    name: str,
-    columns: Sequence[tuple[str, Sequence[float | None]]],
+    columns: Mapping[str, Sequence[float | None]],
     *,
     y_limits: tuple[float, float],
     num_places: int,
     color: str = MUTED,
 ) -> str:
-    """Values as points in columns (text below, values), a bar and a number at each mean.
+    """Values as points in columns, each over its name, a bar and a number at each mean.
 
     The n-th values of the columns are of one thing, and joined by a thin line. None: no point.
     Charts with the same `num_places`, for columns, are drawn to the same scale.
@@ -114,7 +123,9 @@ def strip_chart(
 
     def draw(figure):
         axes = figure.subplots()
-        values = np.array([[np.nan if v is None else v for v in c] for _, c in columns], float)
+        values = np.array(
+            [[np.nan if v is None else v for v in c] for c in columns.values()], float
+        )
         num = values.shape[1]
         # Spread evenly in a shuffled order: the same place in each column, and the same each time.
         shift = 0.2 * (np.random.default_rng(0).permutation(num) + 0.5) / max(num, 1) - 0.1
@@ -135,21 +146,18 @@ def strip_chart(
             mean = np.nanmean(own)
             axes.plot([column - 0.2, column + 0.2], [mean, mean], color=INK, linewidth=2)
             axes.text(column + 0.24, mean, f"{mean:.2f}", va="center", fontsize=8.5)
-        axes.set_xticks(range(len(columns)), [text for text, _ in columns])
+        axes.set_xticks(range(len(columns)), list(columns))
         axes.tick_params(length=0, labelsize=9)
         axes.set_xlim(-0.4, num_places - 0.35)
         axes.set_ylim(*y_limits)
 
-    return _svg(name, (0.7 + 0.65 * num_places, 2.4), draw)
+    return _svg((0.7 + 0.65 * num_places, 2.4), draw)
 
 
-def overlay(
-    name: str, image: np.ndarray, *, filled: np.ndarray | None, outlined: np.ndarray | None
-) -> str:
+def overlay(image: np.ndarray, *, filled: np.ndarray | None, outlined: np.ndarray | None) -> str:
     """A slice with one labelling as areas and one as outlines, class k in colour k - 1.
 
     Args:
-      name: of the figure.
       image: [X, Y] in [0, 1], clipped; X goes right, Y up.
       filled, outlined: [X, Y] labels, 0 is background; None: not drawn. 255 is no class.
     """
@@ -171,10 +179,10 @@ def overlay(
                     axes.contour(mask, [0.5], colors=[0.5 + color / 2], linewidths=1.3)
 
     width, height = image.shape
-    return _svg(name, (2.4, 2.4 * height / width), draw)
+    return _svg((2.4, 2.4 * height / width), draw)
 
 
-def _svg(name: str, size: tuple[float, float], draw: Callable[[Figure], None]) -> str:
+def _svg(size: tuple[float, float], draw: Callable[[Figure], None]) -> str:
     """The SVG element of a figure of some size, in inches, that `draw` has drawn on."""
     text = io.StringIO()
     with matplotlib.rc_context(_STYLE):
@@ -187,10 +195,8 @@ def _svg(name: str, size: tuple[float, float], draw: Callable[[Figure], None]) -
     svg = re.sub(r"\s*<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL)
     view_box = re.search(r'viewBox="[^"]*"', svg)[0]
     svg = re.sub(r"<svg[^>]*>", f'<svg {view_box} aria-hidden="true">', svg, count=1)
-    svg = re.sub(r'\bid="', f'id="{name}-', svg)
-    svg = re.sub(r'(href="|url\()#', rf"\1#{name}-", svg)
     # Some versions write `font: 10px FAMILIES`, others `font-size: 10px; font-family: FAMILIES`.
     svg = re.sub(r"(font: [\d.]+px|font-family:) [^;\"]*", r"\1 var(--font)", svg)
-    for color, variable in _VARIABLES.items():
-        svg = svg.replace(color, f"var(--{variable})")
+    for color in _VARIABLES:
+        svg = svg.replace(color, css(color))
     return svg
