@@ -1,6 +1,7 @@
 """The report page: hand-made runs, read back by an HTML parser."""
 
 import copy
+import dataclasses
 import hashlib
 import html.parser
 import json
@@ -245,7 +246,7 @@ def prepared():
     return make_prepared()
 
 
-def write_predictions(workdir, sides):
+def write_predictions(workdir, sides, slice_axis):
     """A square of sides[stage] for every test volume."""
     for name, side in sides.items():
         for volume_id in TEST_IDS:
@@ -254,6 +255,7 @@ def write_predictions(workdir, sides):
                 np.moveaxis(square(side, 5), 0, 2),
                 np.diag((*SPACING, 1.0)),
                 SPACING,
+                slice_axis=slice_axis,
             )
 
 
@@ -268,12 +270,14 @@ def write_pseudo_labels(workdir, sides):
         (folder / "report.json").write_text(json.dumps(made))
 
 
-def full_run(workdir):
-    """A finished run with everything in it."""
+def full_run(workdir, slice_axis=2):
+    """A finished run with everything in it; its files have slices on an axis."""
     write_run(workdir, make_results(), lines=LINES)
-    write_predictions(workdir, {"baseline": 4, "round_1": 8, "round_2": 6})
+    write_predictions(workdir, {"baseline": 4, "round_1": 8, "round_2": 6}, slice_axis)
     write_pseudo_labels(workdir, {1: (8, 8), 2: (8, 4), 3: (8, 5)})
-    return read_run(workdir, "run", make_prepared())
+    preprocessing = types.SimpleNamespace(slice_axis=slice_axis)
+    prepared = dataclasses.replace(make_prepared(), preprocessing=preprocessing)
+    return read_run(workdir, "run", prepared)
 
 
 @pytest.fixture(scope="module")
@@ -388,8 +392,9 @@ def drawn(monkeypatch):
     return calls
 
 
-def test_pictures_of_test_volumes(drawn, tmp_path):
-    text = one_run.page(full_run(tmp_path / "run"))
+@pytest.mark.parametrize("slice_axis", [2, 0])
+def test_pictures_of_test_volumes(slice_axis, drawn, tmp_path):
+    text = one_run.page(full_run(tmp_path / "run", slice_axis))
     headings = re.findall(r"<h4>(\w+): ([^<]*)</h4>", text)
     assert headings == [
         ("Best", "t3"),

@@ -156,7 +156,7 @@ def _read_prediction(prepared: PreparedSet, volume_id: str, path: Path) -> np.nd
     """A stored prediction on the training grid, where the image is: [S, H, W]."""
     label = np.asarray(nib.load(path).dataobj).astype(np.uint8)
     return volumes.label_to_grid(
-        label,
+        np.moveaxis(label, prepared.slice_axis, 2),
         prepared.read_native(volume_id).spacing_mm,
         image_size=prepared.image_size,
         target_spacing_mm=prepared.target_spacing_mm,
