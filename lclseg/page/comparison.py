@@ -4,18 +4,8 @@ from collections.abc import Iterator, Sequence
 
 from lclseg.configuration import MACHINE_KEYS, differing_keys
 from lclseg.page import one_run
-from lclseg.page.elements import (
-    details,
-    document,
-    legend,
-    line_chart,
-    line_key,
-    note,
-    section,
-    strip_charts,
-    table,
-    text,
-)
+from lclseg.page.charts import line_chart, line_key, strip_charts
+from lclseg.page.elements import details, document, legend, note, section, table, text
 from lclseg.page.figures import SERIES, Line, series
 from lclseg.page.recorded import RecordedRun, named
 from lclseg.tables import gain, number, score_cells
@@ -23,8 +13,9 @@ from lclseg.tables import gain, number, score_cells
 
 def page(runs: Sequence[RecordedRun]) -> str:
     title = f"{len(runs)} runs compared"
+    of_what = "; ".join(dict.fromkeys(run.title for run in runs))
     body = [
-        f"<header><h1>{title}</h1></header>",
+        f"<header><h1>{title}</h1><p>{text(of_what)}</p></header>",
         section(2, "Summary", *_summary(runs)),
         section(2, "Learning curves", *_curves(runs)),
     ]
@@ -96,18 +87,14 @@ def _curves(runs: Sequence[RecordedRun]) -> Iterator[str]:
             names.setdefault(first, set()).add(named(stage))
     # Runs may begin their rounds at different steps: then a mark has no name.
     marks = [(x, " ".join(n) if len(n) == 1 else "") for x, n in sorted(names.items()) if x]
-    lines = {"loss": [], "dice": []}
+    losses, dice = [], []
     for place, (run, color) in enumerate(zip(runs, series(len(runs)), strict=True)):
         look = {"color": color, "dashed": place >= len(SERIES)}
-        lines["loss"].append((run.name, Line(*run.logged("loss"), **look)))
-        lines["dice"].append((run.name, Line(*run.validation_dice(), **look)))
-    yield legend(
-        line_key(name, line, f"#run-{place}") for place, (name, line) in enumerate(lines["loss"])
-    )
+        losses.append(Line(run.name, *run.logged("loss"), **look))
+        dice.append(Line(run.name, *run.validation_dice(), **look))
+    yield legend(line_key(line, f"#run-{place}") for place, line in enumerate(losses))
     shown = [
-        line_chart("Training loss", lines["loss"], marks, y_limits=(0, None), has_legend=False),
-        line_chart(
-            "Validation Dice", lines["dice"], marks, y_limits=(None, 1.02), has_legend=False
-        ),
+        line_chart("Training loss", losses, marks, y_limits=(0, None), has_legend=False),
+        line_chart("Validation Dice", dice, marks, y_limits=(None, 1.02), has_legend=False),
     ]
     yield f'<div class="charts">{"".join(shown)}</div>'

@@ -1,22 +1,16 @@
 """HTML building blocks.
 
 What comes from data, such as volume ids and class names, passes through `html.escape`: in `text`,
-and in all that takes "plain text" here. Figures hold numbers, names of stages only.
+and in all that takes plain text here. Figures hold numbers and names of stages only.
 """
 
 import html
 import itertools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import numpy as np
-
-from lclseg.page import figures
-from lclseg.page.figures import Line
-
 STYLE = Path(__file__).with_name("page.css")
-MIN_PLACES = 3  # of a strip chart: narrower ones would be blown up to the width of the others
 
 # The policy: should an escape be forgotten, nothing is run or fetched all the same.
 PAGE = """<!DOCTYPE html>
@@ -87,54 +81,10 @@ def table(
 
 
 def key(name: str, color: str, shape: str, link: str = "") -> str:
-    """An entry of a legend, plain text after a patch of colour: "line", "dot" or "area"."""
-    patch = f'<i class="{shape}" style="--key: {figures.css(color)}"></i>{text(name)}'
+    """An entry of a legend: plain text after a patch of a CSS colour, "line", "dot" or "area"."""
+    patch = f'<i class="{shape}" style="--key: {color}"></i>{text(name)}'
     return f'<a href="{link}">{patch}</a>' if link else f"<span>{patch}</span>"
 
 
 def legend(keys: Iterable[str], *more: str) -> str:
     return f'<p class="legend">{"".join(keys)}{"".join(more)}</p>'
-
-
-def line_key(name: str, line: Line, link: str = "") -> str:
-    shape = "dot" if line.dots else "line dashed" if line.dashed else "line"
-    return key(name, line.color, shape, link)
-
-
-def line_chart(
-    title: str,
-    lines: Sequence[tuple[str, Line]],
-    marks: Sequence[tuple[float, str]],
-    *,
-    y_limits: tuple[float | None, float | None] = (None, None),
-    has_legend: bool = True,
-) -> str:
-    """Lines over steps, by name; "" where none of them has a value."""
-    lines = [(name, line) for name, line in lines if not np.isnan(line.y).all()]
-    if not lines:
-        return ""
-    svg = figures.line_chart(
-        [line for _, line in lines], x_label="step", marks=marks, y_limits=y_limits
-    )
-    keys = legend(line_key(name, line) for name, line in lines) if has_legend else ""
-    return figure(svg, f"<b>{title}</b>{keys}")
-
-
-def strip_charts(
-    charts: Sequence[tuple[str, Mapping[str, Sequence[float | None]], str]],
-) -> str:
-    """Charts of Dice, each of a plain text title, columns and a colour, drawn to one scale."""
-    every = [columns for _, columns, _ in charts]
-    values = [v for columns in every for c in columns.values() for v in c if v is not None]
-    lowest = min(values, default=0.0)
-    # Room for whole points at 0 and at 1.
-    y_limits = (-0.03 if lowest < 0.3 else np.floor(10 * lowest - 0.3) / 10), 1.02
-    num_places = max(MIN_PLACES, *map(len, every))
-    shown = [
-        figure(
-            figures.strip_chart(columns, y_limits=y_limits, num_places=num_places, color=color),
-            f"<b>{text(title)}</b>",
-        )
-        for title, columns, color in charts
-    ]
-    return f'<div class="charts small">{"".join(shown)}</div>'

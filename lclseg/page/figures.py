@@ -1,8 +1,8 @@
 """Figures of the report page, each an SVG to stand in an HTML page.
 
 Arrays and plain values in, text out. Colours of the charts are CSS variables (--ink, --muted,
---rule, --c0 ... --c6), so that one figure reads on light and on dark ground; text takes the page's
-font (--font). Two figures may have the same ids: `elements.document` tells them apart.
+--rule, --paper, --c0 ... --c6), so that one figure reads on light and on dark ground; text takes
+the page's font (--font). Figures may share ids: `elements.document` tells them apart.
 """
 
 import io
@@ -20,9 +20,10 @@ from lclseg.palette import PALETTE
 
 # Stand-ins that are replaced by the CSS variables: the page's style sheet has versions of the
 # palette for charts on light and on dark ground.
-INK, MUTED, RULE = "#101112", "#606162", "#d0d1d2"
+INK, MUTED, RULE, PAPER = "#101112", "#606162", "#d0d1d2", "#f0f1f2"
 SERIES = tuple(f"#20212{k}" for k in range(len(PALETTE)))
-_VARIABLES = {INK: "ink", MUTED: "muted", RULE: "rule"} | {s: f"c{k}" for k, s in enumerate(SERIES)}
+_VARIABLES = {INK: "ink", MUTED: "muted", RULE: "rule", PAPER: "paper"}
+_VARIABLES |= {color: f"c{k}" for k, color in enumerate(SERIES)}
 _STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "lclseg",
@@ -63,6 +64,7 @@ def css(color: str) -> str:
 class Line(NamedTuple):
     """A line of a chart: x, y [n]; a colour, INK, MUTED or of SERIES; width in points."""
 
+    name: str
     x: Sequence[float]
     y: Sequence[float]
     color: str
@@ -105,7 +107,7 @@ def line_chart(
         axes.set_ylim(*y_limits)
         axes.margins(x=0.02)
 
-    return _svg((4.6, 2.8), draw)
+    return _svg((4.0, 2.5), draw)
 
 
 def strip_chart(
@@ -145,13 +147,14 @@ def strip_chart(
                 continue
             mean = np.nanmean(own)
             axes.plot([column - 0.2, column + 0.2], [mean, mean], color=INK, linewidth=2)
-            axes.text(column + 0.24, mean, f"{mean:.2f}", va="center", fontsize=8.5)
+            ground = {"facecolor": PAPER, "edgecolor": "none", "pad": 0.5}  # no line through it
+            axes.text(column + 0.26, mean, f"{mean:.2f}", va="center", fontsize=9, bbox=ground)
         axes.set_xticks(range(len(columns)), list(columns))
         axes.tick_params(length=0, labelsize=9)
         axes.set_xlim(-0.4, num_places - 0.35)
         axes.set_ylim(*y_limits)
 
-    return _svg((0.7 + 0.65 * num_places, 2.4), draw)
+    return _svg((0.6 + 0.6 * num_places, 2.3), draw)
 
 
 def overlay(image: np.ndarray, *, filled: np.ndarray | None, outlined: np.ndarray | None) -> str:
@@ -172,11 +175,11 @@ def overlay(image: np.ndarray, *, filled: np.ndarray | None, outlined: np.ndarra
                 mask = (label == value).T.astype(float)
                 color = np.array(to_rgb(PALETTE[(value - 1) % len(PALETTE)]))
                 if is_filled:
-                    axes.contourf(mask, [0.5, 2], colors=[color], alpha=0.5)
+                    axes.contourf(mask, [0.5, 2], colors=[color], alpha=0.35)
                 else:
-                    # Lighter than the areas, on a dark seam: seen on its own area, too.
-                    axes.contour(mask, [0.5], colors=["black"], linewidths=2.4, alpha=0.6)
-                    axes.contour(mask, [0.5], colors=[0.5 + color / 2], linewidths=1.3)
+                    # On a dark seam: seen on the area of its own class, too.
+                    axes.contour(mask, [0.5], colors=["black"], linewidths=2.6, alpha=0.6)
+                    axes.contour(mask, [0.5], colors=[color], linewidths=1.3)
 
     width, height = image.shape
     return _svg((2.4, 2.4 * height / width), draw)

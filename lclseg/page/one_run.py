@@ -5,23 +5,19 @@ import json
 from collections.abc import Iterator
 
 from lclseg import tables
+from lclseg.page.charts import line_chart, strip_charts
 from lclseg.page.command import reproducing_command
-from lclseg.page.elements import (
-    details,
-    document,
-    line_chart,
-    note,
-    section,
-    strip_charts,
-    table,
-    text,
-)
+from lclseg.page.elements import details, document, note, section, table, text
 from lclseg.page.figures import INK, MUTED, SERIES, Line, series
 from lclseg.page.pictures import changed_pictures, test_pictures
 from lclseg.page.recorded import RecordedRun, named
 
 ROLES = {"labeled": "labelled", "unlabeled": "unlabelled", "validation": "validation"}
-LOSSES = {"loss": INK, "segmentation_loss": SERIES[0], "pseudo_label_loss": SERIES[1]}
+LOSSES = (  # in metrics.jsonl; colour, width
+    ("loss", INK, 1.6),
+    ("segmentation_loss", SERIES[0], 1.2),
+    ("pseudo_label_loss", SERIES[1], 1.2),
+)
 
 
 def page(run: RecordedRun) -> str:
@@ -71,48 +67,35 @@ def _summary(run: RecordedRun) -> Iterator[str]:
         "where either truth or prediction is empty; these count as Dice 0 and the volume’s "
         "diagonal.</p>"
     )
-    measures = {"HD95 mm": "hausdorff95_mm_per_class", "ASSD mm": "assd_mm_per_class"}
+    measures = (("HD95 mm", "hausdorff95_mm_per_class"), ("ASSD mm", "assd_mm_per_class"))
+    columns = [(f"{c} {measure}", key, c) for measure, key in measures for c in classes]
     rows = [
-        [
-            named(stage),
-            *(
-                tables.number(r["test"][key][c], ".2f")
-                for key in measures.values()
-                for c in classes
-            ),
-        ]
-        for stage, r in stages.items()
+        [named(stage), *(tables.number(result["test"][key][c], ".2f") for _, key, c in columns)]
+        for stage, result in stages.items()
     ]
-    head = ["stage", *(f"{c} {measure}" for measure in measures for c in classes)]
+    head = ["stage", *(name for name, _, _ in columns)]
     yield details("Distances by class", table(head, rows, marked))
 
 
 def _curves(run: RecordedRun) -> Iterator[str]:
     marks = [(first, named(stage)) for stage, first in run.first_steps.items() if first]
-    # The baseline's loss is its segmentation loss.
-    losses = LOSSES if marks else {"loss": INK}
+    # The loss of a baseline is its segmentation loss.
+    shown_losses = LOSSES if marks else LOSSES[:1]
+    losses = [Line(named(key), *run.logged(key), color, w) for key, color, w in shown_losses]
+    colors = series(len(run.classes))
     dice = [
-        (name, Line(*run.validation_dice(name), color, 1.0))
-        for name, color in zip(run.classes, series(len(run.classes)), strict=True)
+        *(
+            Line(c, *run.validation_dice(c), k, 1.0)
+            for c, k in zip(run.classes, colors, strict=True)
+        ),
+        Line("mean", *run.validation_dice(), INK, 2.0),
+        Line("best of a stage", *run.best_validation_dice(), INK, dots=True),
     ]
-    dice.append(("mean", Line(*run.validation_dice(), INK, 2.0)))
-    dice.append(("best of a stage", Line(*run.best_validation_dice(), INK, dots=True)))
+    contrastive = [Line("before its weight", *run.logged("contrastive_loss"), INK)]
     shown = [
-        line_chart(
-            "Training loss",
-            [
-                (named(key), Line(*run.logged(key), color, 1.6 if key == "loss" else 1.2))
-                for key, color in losses.items()
-            ],
-            marks,
-            y_limits=(0, None),
-        ),
+        line_chart("Training loss", losses, marks, y_limits=(0, None)),
         line_chart("Validation Dice", dice, marks, y_limits=(None, 1.02)),
-        line_chart(
-            "Local contrastive loss",
-            [("before its weight", Line(*run.logged("contrastive_loss"), INK))],
-            marks,
-        ),
+        line_chart("Local contrastive loss", contrastive, marks),
     ]
     if not any(shown):
         yield note("Nothing is logged yet.")
@@ -126,19 +109,16 @@ def _curves(run: RecordedRun) -> Iterator[str]:
 def _test_volumes(run: RecordedRun) -> Iterator[str]:
     names = [None, *run.classes]
     colors = [MUTED, *series(len(run.classes))]
-    yield strip_charts(
-        [
-            (name or "mean over classes", run.test_dice(name), color)
-            for name, color in zip(names, colors, strict=True)
-        ]
-    )
+    charts = [
+        (name or "mean over classes", run.test_dice(name), color)
+        for name, color in zip(names, colors, strict=True)
+    ]
+    yield strip_charts(charts)
     yield "<p>A point is a volume, a thin line joins one volume’s points, the bar is the mean.</p>"
-    dice = run.test_dice()
+    ids, dice = run.stages[run.chosen]["test"]["per_volume"], run.test_dice()
     rows = [
         [volume_id, *(tables.number(value, ".3f") for value in own)]
-        for volume_id, *own in zip(
-            run.stages[run.chosen]["test"]["per_volume"], *dice.values(), strict=True
-        )
+        for volume_id, *own in zip(ids, *dice.values(), strict=True)
     ]
     rows.sort(key=lambda row: row[-1])
     yield details("Mean Dice of each volume, lowest first", table(["volume", *dice], rows))
@@ -154,7 +134,7 @@ def _pseudo_labels(run: RecordedRun) -> Iterator[str]:
     rows = [
         [
             run.used_by(name),
-            named((report["made_by"] or {}).get("stage", "-")),
+            named(report["made_by"]["stage"]),
             *tables.pseudo_label_cells(report, ".3f"),
             *(tables.number(report["true_dice_per_class"].get(c), ".3f") for c in classes),
         ]
@@ -165,12 +145,11 @@ def _pseudo_labels(run: RecordedRun) -> Iterator[str]:
     yield table(head, rows)
     yield (
         "<p>Rejected: by the quality gate (-: there is none). Empty: volumes without any class. "
-        "Confidence: mean probability of the predicted class.</p>"
+        "Confidence: mean probability of the predicted class. True Dice: with the ground truth, "
+        "which training does not see.</p>"
     )
     if all(report["true_mean_dice"] is None for report in reports.values()):
         yield note("No true Dice: the unlabelled volumes have no hidden ground truth.")
-    else:
-        yield note("True Dice: with the ground truth, which training does not see.")
     warnings = [f"{named(name)}: {w}" for name, r in reports.items() for w in r["warnings"]]
     if warnings:
         yield f'<ul class="warning">{"".join(f"<li>{text(w)}</li>" for w in warnings)}</ul>'
@@ -179,17 +158,17 @@ def _pseudo_labels(run: RecordedRun) -> Iterator[str]:
 
 def _origin(run: RecordedRun) -> Iterator[str]:
     """Where the numbers come from: versions, date, device, command, volumes, config."""
-    newest = [p for p in (run.workdir / "metrics.jsonl", run.workdir / "config.json") if p.exists()]
-    last = datetime.datetime.fromtimestamp(newest[0].stat().st_mtime, datetime.UTC)
-    facts = {"folder": run.workdir, "last step": f"{last:%Y-%m-%d %H:%M} UTC"}
+    seconds = max(path.stat().st_mtime for path in run.workdir.glob("*.json*"))
+    last = datetime.datetime.fromtimestamp(seconds, datetime.UTC)
+    facts = {"folder": run.workdir, "last change": f"{last:%Y-%m-%d %H:%M} UTC"}
     if run.results:
         versions, device = dict(run.results["versions"]), run.results["device"]
         facts["lclseg"] = versions.pop("lclseg")
         facts["with"] = ", ".join(f"{package} {version}" for package, version in versions.items())
         facts["device"] = f"{device['count']} x {device['kind']} ({device['platform']})"
     if run.stages:
-        seconds = {stage: result["seconds"] for stage, result in run.stages.items()}
-        facts["time"] = ", ".join(f"{named(s)} {t / 60:.1f} min" for s, t in seconds.items())
+        minutes = (f"{named(s)} {r['seconds'] / 60:.1f} min" for s, r in run.stages.items())
+        facts["time"] = ", ".join(minutes)
     yield f"<dl>{''.join(f'<dt>{k}</dt><dd>{text(v)}</dd>' for k, v in facts.items())}</dl>"
     command = reproducing_command(run.config)
     if command:
