@@ -28,7 +28,7 @@ def line_chart(
     lines = [line for line in lines if not np.isnan(line.y).all()]
     if not lines:
         return ""
-    svg = figures.line_chart(lines, x_label="step", marks=marks, y_limits=y_limits)
+    svg = figures.line_chart(lines, marks=marks, y_limits=y_limits)
     keys = legend(map(line_key, lines)) if has_legend else ""
     return figure(svg, f"<b>{title}</b>{keys}")
 

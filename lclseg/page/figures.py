@@ -76,26 +76,18 @@ class Line(NamedTuple):
 def line_chart(
     lines: Sequence[Line],
     *,
-    x_label: str,
     marks: Sequence[tuple[float, str]] = (),
     y_limits: tuple[float | None, float | None] = (None, None),
 ) -> str:
-    """Lines over a common x, with upright rules at `marks` (x, text)."""
+    """Lines over steps, with upright rules at `marks` (x, text)."""
 
     def draw(figure):
         axes = figure.subplots()
         for x, text in marks:
             axes.axvline(x, color=MUTED, linewidth=0.8, dashes=(2, 2))
             # Above the axes, where no line runs.
-            axes.annotate(
-                text,
-                (x, 1),
-                (2, 3),
-                xycoords=axes.get_xaxis_transform(),
-                textcoords="offset points",
-                color=MUTED,
-                fontsize=8,
-            )
+            above = axes.get_xaxis_transform()
+            axes.text(x, 1.02, f" {text}", transform=above, color=MUTED, fontsize=8)
         for line in lines:
             shape = (
                 {"marker": "o", "markersize": 5, "linestyle": ""}
@@ -103,7 +95,7 @@ def line_chart(
                 else {"linestyle": (0, (4, 2)) if line.dashed else "-"}
             )
             axes.plot(line.x, line.y, color=line.color, linewidth=line.width, **shape)
-        axes.set_xlabel(x_label)
+        axes.set_xlabel("step")
         axes.set_ylim(*y_limits)
         axes.margins(x=0.02)
 
@@ -133,15 +125,8 @@ def strip_chart(
         shift = 0.2 * (np.random.default_rng(0).permutation(num) + 0.5) / max(num, 1) - 0.1
         x = np.arange(len(columns))[:, None] + shift
         axes.plot(x, values, color=RULE, linewidth=0.8)
-        axes.plot(
-            x.ravel(),
-            values.ravel(),
-            "o",
-            color=color,
-            markersize=3.6,
-            alpha=0.7,
-            markeredgewidth=0,
-        )
+        dots = {"color": color, "markersize": 3.6, "alpha": 0.7, "markeredgewidth": 0}
+        axes.plot(x.ravel(), values.ravel(), "o", **dots)
         for column, own in enumerate(values):
             if np.isnan(own).all():
                 continue

@@ -13,11 +13,7 @@ from lclseg.page.pictures import changed_pictures, test_pictures
 from lclseg.page.recorded import RecordedRun, named
 
 ROLES = {"labeled": "labelled", "unlabeled": "unlabelled", "validation": "validation"}
-LOSSES = (  # in metrics.jsonl; colour, width
-    ("loss", INK, 1.6),
-    ("segmentation_loss", SERIES[0], 1.2),
-    ("pseudo_label_loss", SERIES[1], 1.2),
-)
+LOSSES = {"loss": INK, "segmentation_loss": SERIES[0], "pseudo_label_loss": SERIES[1]}
 
 
 def page(run: RecordedRun) -> str:
@@ -63,9 +59,9 @@ def _summary(run: RecordedRun) -> Iterator[str]:
     yield table([*head, "HD95 mm", "ASSD mm", "missed"], rows, marked)
     yield (
         f"<p>Means over test volumes, in native geometry. Marked: {text(named(run.chosen))}, the "
-        "best on validation volumes. Gain: test Dice over the baseline’s. Missed: class and volume "
-        "where either truth or prediction is empty; these count as Dice 0 and the volume’s "
-        "diagonal.</p>"
+        "best on validation volumes. Gain: test Dice over the baseline’s. Missed: pairs of volume "
+        "and class where only the truth or only the prediction is empty; they count as Dice 0 and "
+        "the volume’s diagonal.</p>"
     )
     measures = (("HD95 mm", "hausdorff95_mm_per_class"), ("ASSD mm", "assd_mm_per_class"))
     columns = [(f"{c} {measure}", key, c) for measure, key in measures for c in classes]
@@ -80,8 +76,8 @@ def _summary(run: RecordedRun) -> Iterator[str]:
 def _curves(run: RecordedRun) -> Iterator[str]:
     marks = [(first, named(stage)) for stage, first in run.first_steps.items() if first]
     # The loss of a baseline is its segmentation loss.
-    shown_losses = LOSSES if marks else LOSSES[:1]
-    losses = [Line(named(key), *run.logged(key), color, w) for key, color, w in shown_losses]
+    keys = LOSSES if marks else ["loss"]
+    losses = [Line(named(key), *run.logged(key), LOSSES[key]) for key in keys]
     colors = series(len(run.classes))
     dice = [
         *(

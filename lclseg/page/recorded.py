@@ -27,25 +27,15 @@ def named(stage: str) -> str:
 
 
 class RecordedRun(NamedTuple):
-    """A run, finished or not, as its workdir has it.
+    """A run, finished or not, as its workdir has it."""
 
-    Attributes:
-      name: tells it from the other runs of a page.
-      workdir: its folder.
-      config: content of config.json.
-      results: content of results.json; {} before a stage is finished.
-      lines: of metrics.jsonl.
-      prepared: the data set; None: no pictures of volumes.
-      why_no_pictures: the reason, where `prepared` is None.
-    """
-
-    name: str
+    name: str  # tells it from the other runs of a page
     workdir: Path
-    config: dict
-    results: dict
-    lines: list[dict]
-    prepared: PreparedSet | None
-    why_no_pictures: str
+    config: dict  # of config.json
+    results: dict  # of results.json; {} before a stage is finished
+    lines: list[dict]  # of metrics.jsonl
+    prepared: PreparedSet | None  # the data set; None: no pictures of volumes
+    why_no_pictures: str  # where `prepared` is None
 
     @property
     def title(self) -> str:
@@ -88,10 +78,10 @@ class RecordedRun(NamedTuple):
         def points(stage: str) -> list[tuple[int, float | None]]:
             if stage not in self.stages:
                 return [] if class_name else self._lines_of(stage, "validation_dice")
-            entries = self.stages[stage]["validation"]
-            if class_name is None:
-                return [(entry["step"], entry["mean_dice"]) for entry in entries]
-            return [(entry["step"], entry["dice_per_class"][class_name]) for entry in entries]
+            return [
+                (e["step"], e["dice_per_class"][class_name] if class_name else e["mean_dice"])
+                for e in self.stages[stage]["validation"]
+            ]
 
         return self._joined(points)
 
