@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.lib import format as npy
 
-from lclseg import parallel, preprocessing, report, run_files, trained
+from lclseg import parallel, preprocessing, run_files, tables, trained
 from lclseg.configuration import CHOICES
 from lclseg.preprocessing import Preprocessing, is_whole
 from lclseg.run import USER_ERRORS
@@ -212,7 +212,7 @@ def model_card(model: TrainedModel) -> str:
         f"cropped or padded to {how.image_size} x {how.image_size} pixels about the centre",
     ]
     scores = "\n".join(
-        f"| {name} | {value} | {report.number(test and test['dice_per_class'][name], '.4f')} |"
+        f"| {name} | {value} | {tables.number(test and test['dice_per_class'][name], '.4f')} |"
         for name, value in zip(how.class_names, how.label_values, strict=True)
     )
     before = "\n".join(f"* {step}" for step in before if step)
@@ -224,9 +224,9 @@ def model_card(model: TrainedModel) -> str:
     else:
         tested = (
             f"Test, {test['n_volumes']} volumes, 3-D, native geometry: mean Dice "
-            f"{report.number(test['mean_dice'], '.4f')}, HD95 "
-            f"{report.number(test['mean_hausdorff95_mm'], '.2f')} mm, ASSD "
-            f"{report.number(test['mean_assd_mm'], '.2f')} mm; {test['n_missed']} class-volume "
+            f"{tables.number(test['mean_dice'], '.4f')}, HD95 "
+            f"{tables.number(test['mean_hausdorff95_mm'], '.2f')} mm, ASSD "
+            f"{tables.number(test['mean_assd_mm'], '.2f')} mm; {test['n_missed']} class-volume "
             "pairs missed."
         )
     return f"""# {facts["dataset"]}: {", ".join(how.class_names)}

@@ -22,8 +22,8 @@ from lclseg import (
     metrics,
     parallel,
     preprocessing,
-    report,
     run_files,
+    tables,
     trained,
     volumes,
 )
@@ -290,7 +290,7 @@ def table(summary: dict) -> str:
     specs = dict(zip(metrics.MEASURES, (".4f", ".2f", ".2f"), strict=True))
 
     def cells(value_of: Callable[[str], float | None]) -> list[str]:
-        return [report.number(value_of(m), spec) for m, spec in specs.items()]
+        return [tables.number(value_of(m), spec) for m, spec in specs.items()]
 
     for volume_id, record in summary["per_volume"].items():
         for name in record["dice"]:
@@ -301,7 +301,7 @@ def table(summary: dict) -> str:
         values = cells(lambda m, name=name: summary[f"{m}_per_class"][name])
         rows.append(["mean", name, *values, ""])
     rows.append(["mean", "all", *cells(lambda m: summary[f"mean_{m}"]), ""])
-    return report.aligned(rows)
+    return tables.aligned(rows)
 
 
 def predict_files(

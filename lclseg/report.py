@@ -13,6 +13,8 @@ from pathlib import Path
 
 import absl.logging
 
+from lclseg import tables
+from lclseg.page.recorded import RunError, find_prepared, names_of, read_run
 from lclseg.prepared import PreparedSet
 from lclseg.run_files import write_text
 
@@ -26,84 +28,45 @@ def table(results: dict) -> str:
     class-volume pairs missed. Pseudo-labels: volumes used, rejected by the gate, empty; mean
     confidence; Dice with the round before and, where ground truth is hidden, with the truth.
     """
-    classes = results["class_names"]
-    stages = [
-        ["stage", "val Dice", "test Dice", "gain", *classes, "HD95 mm", "ASSD mm", "missed"],
-    ]
+    classes, stages = results["class_names"], results["results"]
+    tested = [["stage", "val Dice", "test Dice", "gain", *classes, "HD95 mm", "ASSD mm", "missed"]]
     pseudo = [
         ["trained on", "volumes", "rejected", "empty", "confidence", "Dice before", "true Dice"],
     ]
     notes = []
-    baseline = results["results"]["baseline"]["test"]["mean_dice"]
-    for stage, result in results["results"].items():
-        test = result["test"]
-        known = None not in (test["mean_dice"], baseline)
-        gain = test["mean_dice"] - baseline if known else None
-        stages.append(
-            [
-                stage + (" *" if stage == results.get("chosen") else ""),
-                number(result["best_validation_dice"], ".4f"),
-                number(test["mean_dice"], ".4f"),
-                "" if stage == "baseline" else number(gain, "+.4f"),
-                *(number(test["dice_per_class"][c], ".4f") for c in classes),
-                number(test["mean_hausdorff95_mm"], ".2f"),
-                number(test["mean_assd_mm"], ".2f"),
-                str(test["n_missed"]),
-            ]
-        )
+    for stage, result in stages.items():
+        name = stage + (" *" if stage == results.get("chosen") else "")
+        tested.append([name, *tables.stage_cells(stages, stage, classes, ".4f")])
         labels = result["pseudo_labels"]
-        if labels is None:
-            continue
-        pseudo.append(
-            [
-                stage,
-                str(labels["num_volumes"]),
-                str(len(labels["gate"]["rejected"])) if labels["gate"] else "-",
-                str(len(labels["empty_volumes"])),
-                number(labels["mean_confidence"], ".3f"),
-                number(labels["dice_with_previous_round"], ".4f"),
-                number(labels["true_mean_dice"], ".4f"),
-            ]
-        )
-        notes += [f"{stage}: {warning}" for warning in labels["warnings"]]
+        if labels:
+            pseudo.append([stage, *tables.pseudo_label_cells(labels, ".4f")])
+            notes += [f"{stage}: {warning}" for warning in labels["warnings"]]
     volumes = results["volumes"]
     caption = (
         f"{results['dataset']}: {len(volumes['labeled'])} labelled, {len(volumes['unlabeled'])} "
         f"unlabelled, {len(volumes['validation'])} validation, {len(volumes['test'])} test "
         f"volumes; split {results['split']}, seed {results['seed']}; * best on validation"
     )
-    parts = [f"{results['description']}\n{caption}", aligned(stages)]
+    parts = [f"{results['description']}\n{caption}", tables.aligned(tested)]
     if len(pseudo) > 1:
-        parts.append("\n".join(["Pseudo-labels", aligned(pseudo), *notes]))
+        parts.append("\n".join(["Pseudo-labels", tables.aligned(pseudo), *notes]))
     return "\n\n".join(parts)
-
-
-def aligned(rows: list[list[str]]) -> str:
-    """Rows of cells as columns, a rule under the first row."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    rows = [rows[0], ["-" * w for w in widths], *rows[1:]]
-    lines = ("  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)) for r in rows)
-    return "\n".join(line.rstrip() for line in lines)
-
-
-def number(value: float | None, spec: str) -> str:
-    return "-" if value is None else format(value, spec)
 
 
 def write_page(workdirs: Sequence[Path], output: Path) -> None:
     """Writes the page on the runs in some folders; pictures of what is prepared on this machine.
 
     Raises:
-      page.RunError: a folder holds no run.
+      RunError: a folder holds no run.
     """
-    from lclseg import page  # here: it draws with matplotlib, which training alone needs not load
+    from lclseg.page import comparison, one_run  # here: training need not load matplotlib
 
     runs = []
-    for workdir, name in zip(workdirs, page.names_of(workdirs), strict=True):
-        run = page.read_run(workdir, name)
-        prepared, why = page.find_prepared(run.config)
+    for workdir, name in zip(workdirs, names_of(workdirs), strict=True):
+        run = read_run(workdir, name)
+        prepared, why = find_prepared(run.config)
         runs.append(run._replace(prepared=prepared, why_no_pictures=why))
-    write_text(output, page.page(runs))
+    write_text(output, one_run.page(runs[0]) if len(runs) == 1 else comparison.page(runs))
 
 
 def write_own_page(workdir: Path, prepared: PreparedSet | None) -> None:
@@ -113,11 +76,10 @@ def write_own_page(workdir: Path, prepared: PreparedSet | None) -> None:
     logged, with its traceback.
     """
     try:
-        from lclseg import page
+        from lclseg.page import one_run
 
-        why = "they come when the run is finished"
-        run = page.read_run(workdir, workdir.name, prepared, why)
-        write_text(workdir / "report.html", page.page([run]))
+        run = read_run(workdir, workdir.name, prepared, "they come when the run is finished")
+        write_text(workdir / "report.html", one_run.page(run))
     except Exception:
         logger.exception(
             "%s could not be written; the run and its results are not touched by this. To make the "
@@ -128,8 +90,6 @@ def write_own_page(workdir: Path, prepared: PreparedSet | None) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    from lclseg import page
-
     description = __doc__.partition("\n\n")[2]
     parser = argparse.ArgumentParser("python -m lclseg.report", description=description)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="workdir of a run")
@@ -142,7 +102,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     output = options.output or (runs[0] if len(runs) == 1 else Path()) / "report.html"
     try:
         write_page(runs, output.expanduser())
-    except page.RunError as error:
+    except RunError as error:
         sys.exit(f"lclseg: {error}")
     print(output)
 

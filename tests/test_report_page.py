@@ -1,6 +1,7 @@
 """The report page: hand-made runs, read back by an HTML parser."""
 
 import copy
+import dataclasses
 import hashlib
 import html.parser
 import json
@@ -18,7 +19,10 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from lclseg import figures, page, report, volumes
+from lclseg import report, volumes
+from lclseg.page import comparison, figures, one_run
+from lclseg.page.command import reproducing_command
+from lclseg.page.recorded import names_of, read_run
 from lclseg.prepared import PreparedSet, VolumeEntry
 
 ROOT = Path(__file__).parents[1]
@@ -242,7 +246,7 @@ def prepared():
     return make_prepared()
 
 
-def write_predictions(workdir, sides):
+def write_predictions(workdir, sides, slice_axis):
     """A square of sides[stage] for every test volume."""
     for name, side in sides.items():
         for volume_id in TEST_IDS:
@@ -251,6 +255,7 @@ def write_predictions(workdir, sides):
                 np.moveaxis(square(side, 5), 0, 2),
                 np.diag((*SPACING, 1.0)),
                 SPACING,
+                slice_axis=slice_axis,
             )
 
 
@@ -265,17 +270,19 @@ def write_pseudo_labels(workdir, sides):
         (folder / "report.json").write_text(json.dumps(made))
 
 
-def full_run(workdir):
-    """A finished run with everything in it."""
+def full_run(workdir, slice_axis=2):
+    """A finished run with everything in it; its files have slices on an axis."""
     write_run(workdir, make_results(), lines=LINES)
-    write_predictions(workdir, {"baseline": 4, "round_1": 8, "round_2": 6})
+    write_predictions(workdir, {"baseline": 4, "round_1": 8, "round_2": 6}, slice_axis)
     write_pseudo_labels(workdir, {1: (8, 8), 2: (8, 4), 3: (8, 5)})
-    return page.read_run(workdir, "run", make_prepared())
+    preprocessing = types.SimpleNamespace(slice_axis=slice_axis)
+    prepared = dataclasses.replace(make_prepared(), preprocessing=preprocessing)
+    return read_run(workdir, "run", prepared)
 
 
 @pytest.fixture(scope="module")
 def full(tmp_path_factory):
-    return page.page([full_run(tmp_path_factory.mktemp("full") / "run")])
+    return one_run.page(full_run(tmp_path_factory.mktemp("full") / "run"))
 
 
 def test_summary_holds_the_numbers_of_the_results(full):
@@ -288,7 +295,7 @@ def test_summary_holds_the_numbers_of_the_results(full):
     assert [row["gain"] for row in rows] == ["", "+0.200", "+0.100"]
     assert [row["validation Dice"] for row in rows] == ["0.600", "0.800", "0.700"]
     assert [row["HD95 mm"] for row in rows] == ["12.35", "6.50", "7.50"]
-    assert [row["ASSD mm"] for row in rows] == ["–"] * 3
+    assert [row["ASSD mm"] for row in rows] == ["-"] * 3
     assert [row["missed"] for row in rows] == ["3"] * 3
     marked = re.findall(r'<tr class="marked"><th scope="row">([^<]*)', full)
     assert set(marked) == {"round 1"}
@@ -310,10 +317,10 @@ def test_other_tables(full):
 
 
 def test_pseudo_labels_without_their_folders(tmp_path, results):
-    run = page.read_run(write_run(tmp_path / "run", results), "run", None, "no data here")
-    read = Page(page.page([run]))
+    run = read_run(write_run(tmp_path / "run", results), "run", None, "no data here")
+    read = Page(one_run.page(run))
     assert [row["true Dice"] for row in read.table("used by")] == ["0.250", "0.750"]
-    assert [row["Dice with round before"] for row in read.table("used by")] == ["–", "0.500"]
+    assert [row["Dice with round before"] for row in read.table("used by")] == ["-", "0.500"]
     assert f"round 1: {HOSTILE} is odd" in read.text
 
 
@@ -321,7 +328,7 @@ def test_origin(full):
     read = Page(full)
     for text in ("7.8.9", "jax 1.2.3", "3 x abacus (wood)", "baseline 1.5 min", "UTC"):
         assert text in read.text
-    assert "python -m lclseg.main --config=configs/phantom.py --config.rounds" in read.text
+    assert "python -m lclseg.main --config=configs/phantom.py \\ --config.rounds" in read.text
     assert '"baseline_steps": 4' in read.text
 
 
@@ -350,13 +357,13 @@ def test_text_from_data_is_no_markup(full):
 def test_names_of_runs_and_reasons_are_no_markup(tmp_path, results):
     results["results"] = {"baseline": results["results"]["baseline"]}
     workdirs = [write_run(tmp_path / n, results) for n in ("a", "b<i>")]
-    read = Page(page.page([page.read_run(w, w.name, None, HOSTILE) for w in workdirs]))
+    read = Page(comparison.page([read_run(w, w.name, None, HOSTILE) for w in workdirs]))
     assert "b<i>" in read.text and f"No pictures: {HOSTILE}" in read.text
     assert "script" not in {tag for tag, _ in read.elements}
 
 
 def test_figures_write_text_as_it_is():
-    svg = figures.strip_chart("n", [(HOSTILE, [0.5, None])], y_limits=(0, 1), num_places=9)
+    svg = figures.strip_chart({HOSTILE: [0.5, None]}, y_limits=(0, 1), num_places=9)
     assert HOSTILE in Page(svg).text and "<script" not in svg
 
 
@@ -374,42 +381,42 @@ def test_light_and_dark(full):
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """What overlays are drawn of, by figure name."""
-    calls = {}
+    """What overlays are drawn of, in the order of the page."""
+    calls = []
 
-    def overlay(name, image, *, filled, outlined):
-        calls[name] = (image, filled, outlined)
+    def overlay(image, *, filled, outlined):
+        calls.append((image, filled, outlined))
         return "<svg></svg>"
 
     monkeypatch.setattr(figures, "overlay", overlay)
     return calls
 
 
-def test_pictures_of_test_volumes(drawn, tmp_path):
-    text = page.page([full_run(tmp_path / "run")])
+@pytest.mark.parametrize("slice_axis", [2, 0])
+def test_pictures_of_test_volumes(slice_axis, drawn, tmp_path):
+    text = one_run.page(full_run(tmp_path / "run", slice_axis))
     headings = re.findall(r"<h4>(\w+): ([^<]*)</h4>", text)
     assert headings == [
         ("Best", "t3"),
         ("Median", "&lt;b onclick=1&gt;t&amp;2"),
         ("Worst", "t0"),
     ]
-    for rank in ("best", "median", "worst"):
-        for k, side in enumerate((4, 8, 6)):  # baseline, the chosen round, the last one
-            image, filled, outlined = drawn[f"r0-{rank}{k}"]
-            assert (image == np.float32(0.1)).all()  # slice 1 has most foreground
-            assert np.count_nonzero(filled) == 100 and np.count_nonzero(outlined) == side**2
-            assert np.count_nonzero(outlined == 1) == side * min(side, 5)
-            assert image.shape == filled.shape == outlined.shape
-            assert 10 <= image.shape[0] == image.shape[1] < SIZE
+    sides = (4, 8, 6) * 3  # of each volume: baseline, the chosen round, the last one
+    for side, (image, filled, outlined) in zip(sides, drawn, strict=False):
+        assert (image == np.float32(0.1)).all()  # slice 1 has most foreground
+        assert np.count_nonzero(filled) == 100 and np.count_nonzero(outlined) == side**2
+        assert np.count_nonzero(outlined == 1) == side * min(side, 5)
+        assert image.shape == filled.shape == outlined.shape
+        assert 10 <= image.shape[0] == image.shape[1] < SIZE
 
 
 def test_pictures_of_pseudo_labels_start_with_the_volume_that_changed_most(drawn, tmp_path):
-    text = page.page([full_run(tmp_path / "run")])
+    text = one_run.page(full_run(tmp_path / "run"))
     headings = re.findall(r"<h5>([^<]*)</h5>", text)
     assert headings == ["u1", "u0"]
-    areas = [np.count_nonzero(drawn[f"r0-changed0-{k}"][2]) for k in range(3)]
-    assert areas == [64, 16, 25]
-    image, filled, _ = drawn["r0-changed0-0"]
+    of_pool = drawn[9:]  # after three test volumes by three stages
+    assert [np.count_nonzero(outlined) for _, _, outlined in of_pool[:3]] == [64, 16, 25]
+    image, filled, _ = of_pool[0]
     assert (image == np.float32(0.1)).all() and np.count_nonzero(filled) == 100
     # Squares of 8 and 4, slice by slice, of class 1 up to row 5.
     before, after = square(8, 5), square(4, 5)
@@ -433,9 +440,9 @@ def test_no_hidden_truth(drawn, tmp_path, results, prepared):
     for path in workdir.glob("pseudo_labels/*/report.json"):
         stored = json.loads(path.read_text())
         path.write_text(json.dumps(stored | {"true_mean_dice": None, "true_dice_per_class": {}}))
-    read = Page(page.page([page.read_run(workdir, "run", unlabelled)]))
+    read = Page(one_run.page(read_run(workdir, "run", unlabelled)))
     assert "No true Dice" in read.text
-    assert drawn["r0-changed0-0"][1] is None
+    assert drawn[0][1] is None
     assert "There is no predictions/round_1/t3.nii.gz any more." in read.text
 
 
@@ -443,7 +450,7 @@ def test_labels_that_are_not_those_of_the_report(tmp_path, results, prepared):
     workdir = write_run(tmp_path / "run", results)
     write_pseudo_labels(workdir, {1: (8, 8), 2: (8, 4)})
     np.save(workdir / "pseudo_labels" / "round_2" / "labels.npy", np.zeros(3))
-    read = Page(page.page([page.read_run(workdir, "run", prepared)]))
+    read = Page(one_run.page(read_run(workdir, "run", prepared)))
     assert "is missing or not what was written" in read.text
 
 
@@ -451,7 +458,7 @@ def test_run_that_has_only_begun(tmp_path):
     workdir = write_run(tmp_path / "run", lines=LINES[:2])
     with (workdir / "metrics.jsonl").open("a") as file:
         file.write('{"stage": "base')
-    read = Page(page.page([page.read_run(workdir, "run")]))
+    read = Page(one_run.page(read_run(workdir, "run")))
     assert "Not finished: no stage done" in read.text
     assert "last step 2 of baseline" in read.text
     assert "None are made yet." in read.text
@@ -459,34 +466,34 @@ def test_run_that_has_only_begun(tmp_path):
 
 
 def test_run_before_its_first_line(tmp_path):
-    read = Page(page.page([page.read_run(write_run(tmp_path / "run"), "run")]))
+    read = Page(one_run.page(read_run(write_run(tmp_path / "run"), "run")))
     assert "Nothing is logged yet." in read.text
 
 
 def test_run_between_rounds(tmp_path, results):
     del results["results"]["round_2"], results["chosen"]
     workdir = write_run(tmp_path / "run", results, lines=LINES)
-    read = Page(page.page([page.read_run(workdir, "run", None, "they come later")]))
+    read = Page(one_run.page(read_run(workdir, "run", None, "they come later")))
     assert "Not finished: baseline, round 1 done" in read.text
     assert "No pictures: they come later." in read.text
     assert [row["stage"] for row in read.table("stage")] == ["baseline", "round 1"]
 
 
 def test_curves_join_the_stages(monkeypatch, tmp_path, results):
-    charts = {}
+    charts = []
 
-    def line_chart(name, lines, **options):
-        charts[name] = ([*lines], options)
+    def line_chart(lines, **options):
+        charts.append((lines, options))
         return "<svg></svg>"
 
     monkeypatch.setattr(figures, "line_chart", line_chart)
-    page.page([page.read_run(write_run(tmp_path / "run", results, lines=LINES), "run", None, "-")])
-    (loss, segmentation), options = charts["r0-loss"]
+    one_run.page(read_run(write_run(tmp_path / "run", results, lines=LINES), "run", None, "-"))
+    (loss, segmentation), options = charts[0]
     points = {x: y for x, y in zip(loss.x, loss.y, strict=True) if not np.isnan(y)}
     assert points == {2: 0.9, 4: 0.5, 6: 0.7}  # round 1 begins after 4 steps
     assert 0.4 in segmentation.y
     assert list(options["marks"]) == [(4, "round 1"), (8, "round 2")]
-    *_, mean, best = charts["r0-dice"][0]
+    *_, mean, best = charts[1][0]
     assert list(zip(best.x, best.y, strict=True)) == [(2, 0.6), (6, 0.8), (10, 0.7)]
     known = [(x, y) for x, y in zip(mean.x, mean.y, strict=True) if not np.isnan(y)]
     assert [x for x, _ in known] == [2, 4, 6, 8, 10, 12]
@@ -510,8 +517,8 @@ def test_comparison(tmp_path, results):
     read = Page(text)
     rows = read.table("run")
     assert [row["run"] for row in rows] == ["joint", "alone", "begun"]
-    assert [row["baseline"] for row in rows] == ["0.350", "0.350", "–"]
-    assert [row["round 1"] for row in rows] == ["0.550", "", "–"]
+    assert [row["baseline"] for row in rows] == ["0.350", "0.350", "-"]
+    assert [row["round 1"] for row in rows] == ["0.550", "", "-"]
     assert [row["chosen"] for row in rows] == ["round 1", "baseline", "no stage is finished"]
     assert [row["its test Dice"] for row in rows] == ["0.550", "0.350", ""]
     assert [row["gain"] for row in rows] == ["+0.200", "", ""]
@@ -535,7 +542,7 @@ def test_comparison(tmp_path, results):
     ],
 )
 def test_names_of_runs(paths, names):
-    assert page.names_of([Path(p) for p in paths]) == names
+    assert names_of([Path(p) for p in paths]) == names
 
 
 def test_command_line(tmp_path, results, capsys):
@@ -558,7 +565,7 @@ def test_a_page_that_fails_is_told_and_raises_nothing(tmp_path, results, monkeyp
     def page_of(runs):
         raise ZeroDivisionError("somewhere in the page")
 
-    monkeypatch.setattr(page, "page", page_of)
+    monkeypatch.setattr(one_run, "page", page_of)
     with caplog.at_level(logging.ERROR, "lclseg"):
         report.write_own_page(workdir, None)
     assert f"python -m lclseg.report {workdir}" in caplog.text
@@ -579,8 +586,8 @@ def test_a_page_that_fails_is_told_and_raises_nothing(tmp_path, results, monkeyp
 def test_command_gives_the_config_again(overrides, monkeypatch):
     config = runpy.run_path(str(ROOT / "configs" / "phantom.py"))["get_config"]()
     config.update_from_flattened_dict(overrides)
-    command = page.reproducing_command(json.loads(config.to_json_best_effort()))
-    python, module, name, *arguments = shlex.split(command)
+    command = reproducing_command(json.loads(config.to_json_best_effort()))
+    python, module, name, *arguments = shlex.split(command.replace("\\\n", ""))
     assert (python, module, name) == ("python", "-m", "lclseg.main")
     assert len(arguments) == 1 + len(overrides)
     arguments[0] = arguments[0].replace("configs/", f"{ROOT}/configs/")
@@ -595,17 +602,17 @@ def test_command_gives_the_config_again(overrides, monkeypatch):
 def test_no_command_for_a_config_of_elsewhere(name):
     config = json.loads(config_with().to_json_best_effort())
     config["data"]["name"] = name
-    assert page.reproducing_command(config) is None
+    assert reproducing_command(config) is None
 
 
 def test_no_command_for_what_no_flag_can_set():
     config = json.loads(config_with().to_json_best_effort())
-    assert page.reproducing_command(config) is not None
+    assert reproducing_command(config) is not None
     config["loss"]["pixels_per_class"] = None
-    assert page.reproducing_command(config) is None
+    assert reproducing_command(config) is None
     config = json.loads(config_with().to_json_best_effort())
     del config["loss"]["matching"]  # as of another version
-    assert page.reproducing_command(config) is None
+    assert reproducing_command(config) is None
 
 
 def test_training_does_not_load_matplotlib():

@@ -1,13 +1,14 @@
 """Figures of the report page, each an SVG to stand in an HTML page.
 
 Arrays and plain values in, text out. Colours of the charts are CSS variables (--ink, --muted,
---rule, --c0 ... --c6), so that one figure reads on light and on dark ground; text takes the page's
-font (--font). Figures share no ids, if each gets its own `name`.
+--rule, --paper, --c0 ... --c6), so that one figure reads on light and on dark ground; text takes
+the page's font (--font). Figures may share ids: `elements.document` tells them apart.
 """
 
 import io
+import itertools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import matplotlib
@@ -19,9 +20,10 @@ from lclseg.palette import PALETTE
 
 # Stand-ins that are replaced by the CSS variables: the page's style sheet has versions of the
 # palette for charts on light and on dark ground.
-INK, MUTED, RULE = "#101112", "#606162", "#d0d1d2"
+INK, MUTED, RULE, PAPER = "#101112", "#606162", "#d0d1d2", "#f0f1f2"
 SERIES = tuple(f"#20212{k}" for k in range(len(PALETTE)))
-_VARIABLES = {INK: "ink", MUTED: "muted", RULE: "rule"} | {s: f"c{k}" for k, s in enumerate(SERIES)}
+_VARIABLES = {INK: "ink", MUTED: "muted", RULE: "rule", PAPER: "paper"}
+_VARIABLES |= {color: f"c{k}" for k, color in enumerate(SERIES)}
 _STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "lclseg",
@@ -49,9 +51,20 @@ _STYLE = {
 }
 
 
+def series(number: int) -> list[str]:
+    """Colours of so many classes or runs; beyond `len(SERIES)` they come again."""
+    return list(itertools.islice(itertools.cycle(SERIES), number))
+
+
+def css(color: str) -> str:
+    """A colour as CSS: that of a chart changes with the theme."""
+    return f"var(--{_VARIABLES[color]})" if color in _VARIABLES else color
+
+
 class Line(NamedTuple):
     """A line of a chart: x, y [n]; a colour, INK, MUTED or of SERIES; width in points."""
 
+    name: str
     x: Sequence[float]
     y: Sequence[float]
     color: str
@@ -61,29 +74,20 @@ class Line(NamedTuple):
 
 
 def line_chart(
-    name: str,
     lines: Sequence[Line],
     *,
-    x_label: str,
     marks: Sequence[tuple[float, str]] = (),
     y_limits: tuple[float | None, float | None] = (None, None),
 ) -> str:
-    """Lines over a common x, with upright rules at `marks` (x, text)."""
+    """Lines over steps, with upright rules at `marks` (x, text)."""
 
     def draw(figure):
         axes = figure.subplots()
         for x, text in marks:
             axes.axvline(x, color=MUTED, linewidth=0.8, dashes=(2, 2))
             # Above the axes, where no line runs.
-            axes.annotate(
-                text,
-                (x, 1),
-                (2, 3),
-                xycoords=axes.get_xaxis_transform(),
-                textcoords="offset points",
-                color=MUTED,
-                fontsize=8,
-            )
+            above = axes.get_xaxis_transform()
+            axes.text(x, 1.02, f" {text}", transform=above, color=MUTED, fontsize=8)
         for line in lines:
             shape = (
                 {"marker": "o", "markersize": 5, "linestyle": ""}
@@ -91,22 +95,21 @@ def line_chart(
                 else {"linestyle": (0, (4, 2)) if line.dashed else "-"}
             )
             axes.plot(line.x, line.y, color=line.color, linewidth=line.width, **shape)
-        axes.set_xlabel(x_label)
+        axes.set_xlabel("step")
         axes.set_ylim(*y_limits)
         axes.margins(x=0.02)
 
-    return _svg(name, (4.6, 2.8), draw)
+    return _svg((4.0, 2.5), draw)
 
 
 def strip_chart(
-    name: str,
-    columns: Sequence[tuple[str, Sequence[float | None]]],
+    columns: Mapping[str, Sequence[float | None]],
     *,
     y_limits: tuple[float, float],
     num_places: int,
     color: str = MUTED,
 ) -> str:
-    """Values as points in columns (text below, values), a bar and a number at each mean.
+    """Values as points in columns, each over its name, a bar and a number at each mean.
 
     The n-th values of the columns are of one thing, and joined by a thin line. None: no point.
     Charts with the same `num_places`, for columns, are drawn to the same scale.
@@ -114,42 +117,35 @@ def strip_chart(
 
     def draw(figure):
         axes = figure.subplots()
-        values = np.array([[np.nan if v is None else v for v in c] for _, c in columns], float)
+        values = np.array(
+            [[np.nan if v is None else v for v in c] for c in columns.values()], float
+        )
         num = values.shape[1]
         # Spread evenly in a shuffled order: the same place in each column, and the same each time.
         shift = 0.2 * (np.random.default_rng(0).permutation(num) + 0.5) / max(num, 1) - 0.1
         x = np.arange(len(columns))[:, None] + shift
         axes.plot(x, values, color=RULE, linewidth=0.8)
-        axes.plot(
-            x.ravel(),
-            values.ravel(),
-            "o",
-            color=color,
-            markersize=3.6,
-            alpha=0.7,
-            markeredgewidth=0,
-        )
+        dots = {"color": color, "markersize": 3.6, "alpha": 0.7, "markeredgewidth": 0}
+        axes.plot(x.ravel(), values.ravel(), "o", **dots)
         for column, own in enumerate(values):
             if np.isnan(own).all():
                 continue
             mean = np.nanmean(own)
             axes.plot([column - 0.2, column + 0.2], [mean, mean], color=INK, linewidth=2)
-            axes.text(column + 0.24, mean, f"{mean:.2f}", va="center", fontsize=8.5)
-        axes.set_xticks(range(len(columns)), [text for text, _ in columns])
+            ground = {"facecolor": PAPER, "edgecolor": "none", "pad": 0.5}  # no line through it
+            axes.text(column + 0.26, mean, f"{mean:.2f}", va="center", fontsize=9, bbox=ground)
+        axes.set_xticks(range(len(columns)), list(columns))
         axes.tick_params(length=0, labelsize=9)
         axes.set_xlim(-0.4, num_places - 0.35)
         axes.set_ylim(*y_limits)
 
-    return _svg(name, (0.7 + 0.65 * num_places, 2.4), draw)
+    return _svg((0.6 + 0.6 * num_places, 2.3), draw)
 
 
-def overlay(
-    name: str, image: np.ndarray, *, filled: np.ndarray | None, outlined: np.ndarray | None
-) -> str:
+def overlay(image: np.ndarray, *, filled: np.ndarray | None, outlined: np.ndarray | None) -> str:
     """A slice with one labelling as areas and one as outlines, class k in colour k - 1.
 
     Args:
-      name: of the figure.
       image: [X, Y] in [0, 1], clipped; X goes right, Y up.
       filled, outlined: [X, Y] labels, 0 is background; None: not drawn. 255 is no class.
     """
@@ -164,17 +160,17 @@ def overlay(
                 mask = (label == value).T.astype(float)
                 color = np.array(to_rgb(PALETTE[(value - 1) % len(PALETTE)]))
                 if is_filled:
-                    axes.contourf(mask, [0.5, 2], colors=[color], alpha=0.5)
+                    axes.contourf(mask, [0.5, 2], colors=[color], alpha=0.35)
                 else:
-                    # Lighter than the areas, on a dark seam: seen on its own area, too.
-                    axes.contour(mask, [0.5], colors=["black"], linewidths=2.4, alpha=0.6)
-                    axes.contour(mask, [0.5], colors=[0.5 + color / 2], linewidths=1.3)
+                    # On a dark seam: seen on the area of its own class, too.
+                    axes.contour(mask, [0.5], colors=["black"], linewidths=2.6, alpha=0.6)
+                    axes.contour(mask, [0.5], colors=[color], linewidths=1.3)
 
     width, height = image.shape
-    return _svg(name, (2.4, 2.4 * height / width), draw)
+    return _svg((2.4, 2.4 * height / width), draw)
 
 
-def _svg(name: str, size: tuple[float, float], draw: Callable[[Figure], None]) -> str:
+def _svg(size: tuple[float, float], draw: Callable[[Figure], None]) -> str:
     """The SVG element of a figure of some size, in inches, that `draw` has drawn on."""
     text = io.StringIO()
     with matplotlib.rc_context(_STYLE):
@@ -187,10 +183,8 @@ def _svg(name: str, size: tuple[float, float], draw: Callable[[Figure], None]) -
     svg = re.sub(r"\s*<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL)
     view_box = re.search(r'viewBox="[^"]*"', svg)[0]
     svg = re.sub(r"<svg[^>]*>", f'<svg {view_box} aria-hidden="true">', svg, count=1)
-    svg = re.sub(r'\bid="', f'id="{name}-', svg)
-    svg = re.sub(r'(href="|url\()#', rf"\1#{name}-", svg)
     # Some versions write `font: 10px FAMILIES`, others `font-size: 10px; font-family: FAMILIES`.
     svg = re.sub(r"(font: [\d.]+px|font-family:) [^;\"]*", r"\1 var(--font)", svg)
-    for color, variable in _VARIABLES.items():
-        svg = svg.replace(color, f"var(--{variable})")
+    for color in _VARIABLES:
+        svg = svg.replace(color, css(color))
     return svg

@@ -1,0 +1,58 @@
+"""Results as cells of tables, and tables as aligned text."""
+
+from collections.abc import Mapping, Sequence
+
+
+def number(value: float | None, spec: str) -> str:
+    return "-" if value is None else format(value, spec)
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells as columns, a rule under the first row."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    rows = [rows[0], ["-" * w for w in widths], *rows[1:]]
+    lines = ("  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)) for r in rows)
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def gain(stages: Mapping[str, dict], stage: str, spec: str) -> str:
+    """What a stage's mean test Dice is above the baseline's; "" for the baseline."""
+    if stage == "baseline":
+        return ""
+    dice, before = (stages[name]["test"]["mean_dice"] for name in (stage, "baseline"))
+    return number(None if None in (dice, before) else dice - before, f"+{spec}")
+
+
+def score_cells(test: Mapping, classes: Sequence[str], spec: str) -> list[str]:
+    """Of a stage's test: Dice of each class, mean HD95 and ASSD in mm."""
+    return [
+        *(number(test["dice_per_class"].get(name), spec) for name in classes),
+        number(test["mean_hausdorff95_mm"], ".2f"),
+        number(test["mean_assd_mm"], ".2f"),
+    ]
+
+
+def stage_cells(
+    stages: Mapping[str, dict], stage: str, classes: Sequence[str], spec: str
+) -> list[str]:
+    """Validation Dice; test Dice, its gain over the baseline, by class; HD95, ASSD; missed."""
+    result = stages[stage]
+    return [
+        number(result["best_validation_dice"], spec),
+        number(result["test"]["mean_dice"], spec),
+        gain(stages, stage, spec),
+        *score_cells(result["test"], classes, spec),
+        str(result["test"]["n_missed"]),
+    ]
+
+
+def pseudo_label_cells(report: Mapping, spec: str) -> list[str]:
+    """Volumes, rejected, empty; confidence; Dice with the round before and with hidden truth."""
+    return [
+        str(report["num_volumes"]),
+        str(len(report["gate"]["rejected"])) if report["gate"] else "-",
+        str(len(report["empty_volumes"])),
+        number(report["mean_confidence"], ".3f"),
+        number(report["dice_with_previous_round"], spec),
+        number(report["true_mean_dice"], spec),
+    ]
