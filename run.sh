@@ -4,7 +4,7 @@
 #   ./run.sh                                       trains on the synthetic phantom set
 #   ./run.sh --config.seed=3                       the same, with overrides
 #   ./run.sh configs/acdc.py --workdir=DIR ...     another config
-#   ./run.sh test [pytest arguments]               ruff and the tests
+#   ./run.sh test [pytest arguments]               ruff, mypy and the tests
 #
 # LCLSEG_JAX  cpu (default), cuda12, cuda13 or tpu: the build of JAX
 # PYTHON      the Python, 3.11 or newer, that .venv is made with
@@ -89,6 +89,7 @@ if [[ ${1:-} == test ]]; then
   status=0
   .venv/bin/ruff check . || status=1
   .venv/bin/ruff format --check . || status=1
+  .venv/bin/mypy lclseg tfds_builders || status=1
   # A file's tests share prepared data and compiled programs, so a file stays in one process.
   .venv/bin/python -m pytest -n 2 --dist loadfile "$@" || status=$?
   exit "$status"

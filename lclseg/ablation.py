@@ -229,7 +229,7 @@ def run_missing(
     from lclseg import run_files, train  # here: the processes that prepare volumes need no JAX
 
     results = read_results(folder, sweep)
-    finished = []
+    finished: list[Path] = []
     for experiment in experiments(sweep):
         name = (experiment.row, experiment.split, experiment.seed)
         run_dir = workdir / experiment.path

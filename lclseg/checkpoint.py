@@ -92,9 +92,13 @@ def latest_step(manager: ocp.CheckpointManager | None) -> int:
     return processes.json_from_first((manager and manager.latest_step()) or 0)
 
 
-def best_step(manager: ocp.CheckpointManager | None) -> int:
-    """Step of the checkpoint of highest validation Dice."""
-    return processes.json_from_first(manager and manager.best_step())
+def best(manager: ocp.CheckpointManager | None) -> tuple[int, float]:
+    """Step and validation Dice of the best checkpoint; 0 and `UNVALIDATED` if there is none."""
+    found = (0, UNVALIDATED)
+    if manager is not None and (step := manager.best_step()) is not None:
+        found = (step, manager.metrics(step)["dice"])
+    step, dice = processes.json_from_first(found)
+    return step, dice
 
 
 def save(

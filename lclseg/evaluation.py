@@ -89,11 +89,16 @@ def evaluate(
       with_distances: compute HD95 and ASSD too (slow; for the test set).
       save_to: folder for the predicted labels as NIfTI, <volume_id>.nii.gz.
       on_prediction: called with each prediction, in the order of the ids.
+
+    Raises:
+      ValueError: a volume has no ground truth.
     """
     records = {}
     for prediction in predict_volumes(predict, prepared, volume_ids, batch_size=batch_size):
         on_prediction(prediction)
         native = prepared.read_native(prediction.volume_id)
+        if native.label is None:
+            raise ValueError(f"{prediction.volume_id}: found no ground truth; wanted one")
         label = to_native_label(prepared, prediction.volume_id, prediction.probs)
         if save_to is not None:
             path = save_to / f"{prediction.volume_id}.nii.gz"

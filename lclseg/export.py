@@ -53,9 +53,10 @@ WANTED_ARCHITECTURE = {
 
 
 def _are_facts(value) -> bool:
-    if not isinstance(value, dict) or not {"dataset", "stage", "step"} <= value.keys():
+    wanted = {"dataset", "stage", "step", "validation_dice"}
+    if not isinstance(value, dict) or not wanted <= value.keys():
         return False
-    dice = value.get("validation_dice")
+    dice = value["validation_dice"]
     return type(dice) in (int, float) and math.isfinite(dice)
 
 
@@ -203,7 +204,7 @@ def model_card(model: TrainedModel) -> str:
         volumes += f"; checkpoint chosen on {counts['validation']} validation volumes"
     spacing = f"{how.target_spacing_mm:g}"
     field_mm = how.image_size * how.target_spacing_mm
-    before = [
+    transforms = [
         f"channel {how.channel} of 4-D files" if how.channel is not None else "",
         "N4 bias-field correction" if how.n4_shrink_factor else "",
         "intensities to [0, 1] by the 1st and 99th percentile of the volume",
@@ -215,7 +216,7 @@ def model_card(model: TrainedModel) -> str:
         f"| {name} | {value} | {tables.number(test and test['dice_per_class'][name], '.4f')} |"
         for name, value in zip(how.class_names, how.label_values, strict=True)
     )
-    before = "\n".join(f"* {step}" for step in before if step)
+    before = "\n".join(f"* {t}" for t in transforms if t)
     method = "supervised"
     if facts["stage"] != "baseline":
         method = "in rounds on pseudo-labels (after arXiv:2112.09645)"

@@ -46,8 +46,8 @@ class Draw(NamedTuple):
     """The slices of a global batch: record numbers [B], of pairs [P, 2], and which are pseudo."""
 
     labeled: np.ndarray
-    pairs: np.ndarray | None
-    is_pseudo: np.ndarray | None
+    pairs: np.ndarray = np.empty((0, 2), int)
+    is_pseudo: np.ndarray = np.empty((0, 2), bool)
 
 
 def ground_truth_pool(prepared: PreparedSet, volume_ids) -> Pool:
@@ -118,7 +118,7 @@ def draw_pairs(
         pairs.append([rng.choice(labeled_records), rng.choice(pseudo_records)])
         is_pseudo.append((False, True))
     for _ in range(composition.pseudo_pseudo):
-        pairs.append(rng.choice(pseudo_records, 2, replace=False))
+        pairs.append(list(rng.choice(pseudo_records, 2, replace=False)))
         is_pseudo.append((True, True))
     return np.asarray(pairs), np.asarray(is_pseudo)
 

@@ -38,9 +38,10 @@ def find_files(folder: Path) -> list[Files]:
     everything = [
         p for p in sorted(folder.rglob("*")) if p.name.endswith(SUFFIXES) and _visible(p, folder)
     ]
-    label_of = {p.parent / stem(p).removesuffix("_gt"): p for p in everything if is_label(p)}
-    images = [p for p in everything if not is_label(p)]
-    return sorted(Files(stem(p), p, label_of.get(p.parent / stem(p))) for p in images)
+    beside = {p.parent / stem(p).removesuffix("_gt"): p for p in everything if is_label(p)}
+    return sorted(
+        Files(stem(p), p, beside.get(p.parent / stem(p))) for p in everything if not is_label(p)
+    )
 
 
 def niftis(folder: Path) -> list[Path]:

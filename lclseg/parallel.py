@@ -37,9 +37,10 @@ def set_up_jax(num_cpu_devices: int) -> None:
 
 def tell_of_thread(failed: threading.ExceptHookArgs) -> None:
     """One line where the disk stopped a thread (TensorBoard's), instead of a traceback."""
-    if not issubclass(failed.exc_type, OSError):
-        return threading.__excepthook__(failed)
-    logger.warning("a thread that writes files stopped: %s", failed.exc_value)
+    if issubclass(failed.exc_type, OSError):
+        logger.warning("a thread that writes files stopped: %s", failed.exc_value)
+    else:
+        threading.__excepthook__(failed)
 
 
 def over_devices(step: Callable, *, donate_state: bool) -> Callable:

@@ -9,9 +9,9 @@ import argparse
 import collections
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -236,7 +236,7 @@ def segment(
     outputs: Outputs,
     *,
     batch_size: int,
-) -> dict | None:
+) -> dict:
     """Predicts cases and writes the results.
 
     Args:
@@ -247,9 +247,8 @@ def segment(
       batch_size: slices per call of `predict`.
 
     Returns:
-      Metrics, see `metrics.summarize`; None where `outputs.metrics` is.
+      Metrics of the cases with a label, see `metrics.summarize`.
     """
-    grid = {"image_size": how.image_size, "target_spacing_mm": how.target_spacing_mm}
     values = np.array((0, *how.label_values), np.min_scalar_type(max(how.label_values)))
     image_of = {case.case_id: case.image for case in cases}
     native = {}  # shape, spacing and truth of the volumes under way
@@ -260,14 +259,18 @@ def segment(
             image, truth = read_case(case, how)
             native[case.case_id] = image.image.shape, image.spacing_mm, truth
             slices = preprocessing.to_slices(
-                image.image, image.spacing_mm, n4_shrink_factor=how.n4_shrink_factor, **grid
+                image.image,
+                image.spacing_mm,
+                image_size=how.image_size,
+                target_spacing_mm=how.target_spacing_mm,
+                n4_shrink_factor=how.n4_shrink_factor,
             )
             yield case.case_id, slices
 
     predictions = evaluation.predict_images(predict, read(), batch_size=batch_size)
     for case_id, _, probs in tqdm(predictions, "segmenting", len(cases), disable=None, leave=False):
         shape, spacing_mm, truth = native.pop(case_id)
-        back = {"shape": shape[:2], "target_spacing_mm": how.target_spacing_mm}
+        back: dict[str, Any] = {"shape": shape[:2], "target_spacing_mm": how.target_spacing_mm}
         label = volumes.probs_to_native_label(probs, spacing_mm, **back)
         if outputs.probabilities:
             native_probs = volumes.probs_to_native(probs, spacing_mm, **back)
@@ -279,28 +282,26 @@ def segment(
             records[case_id] = metrics.volume_metrics(
                 label, truth, spacing_mm, class_names=how.class_names
             )
-    if outputs.metrics is None:
-        return None
     return metrics.summarize(records, class_names=how.class_names)
 
 
 def table(summary: dict) -> str:
     """Dice, HD95 and ASSD of each volume and class, then the means, as aligned text."""
     rows = [["volume", "class", "Dice", "HD95 mm", "ASSD mm", ""]]
-    specs = dict(zip(metrics.MEASURES, (".4f", ".2f", ".2f"), strict=True))
+    specs = (".4f", ".2f", ".2f")  # of `metrics.MEASURES`
 
-    def cells(value_of: Callable[[str], float | None]) -> list[str]:
-        return [tables.number(value_of(m), spec) for m, spec in specs.items()]
+    def cells(values: Iterable[float | None]) -> list[str]:
+        return [tables.number(v, spec) for v, spec in zip(values, specs, strict=True)]
 
     for volume_id, record in summary["per_volume"].items():
         for name in record["dice"]:
             note = [k for k in ("excluded", "missed") if name in record[k]]
-            values = cells(lambda m, record=record, name=name: record[m][name])
+            values = cells(record[m][name] for m in metrics.MEASURES)
             rows.append([volume_id, name, *values, *(note or [""])])
     for name in summary["dice_per_class"]:
-        values = cells(lambda m, name=name: summary[f"{m}_per_class"][name])
+        values = cells(summary[f"{m}_per_class"][name] for m in metrics.MEASURES)
         rows.append(["mean", name, *values, ""])
-    rows.append(["mean", "all", *cells(lambda m: summary[f"mean_{m}"]), ""])
+    rows.append(["mean", "all", *cells(summary[f"mean_{m}"] for m in metrics.MEASURES), ""])
     return tables.aligned(rows)
 
 
@@ -325,13 +326,14 @@ def predict_files(
     how = models[0].preprocessing
     check_cases(cases, how)
     summary = segment(mean_predictor(models), how, cases, outputs, batch_size=models[0].batch_size)
-    if summary is not None:
-        described = [
-            {"source": str(m.source)}
-            | {k: m.facts[k] for k in ("dataset", "stage", "step", "validation_dice")}
-            for m in models
-        ]
-        run_files.write_json(outputs.metrics, {"models": described, **summary})
+    if outputs.metrics is None:
+        return None
+    described = [
+        {"source": str(m.source)}
+        | {k: m.facts[k] for k in ("dataset", "stage", "step", "validation_dice")}
+        for m in models
+    ]
+    run_files.write_json(outputs.metrics, {"models": described, **summary})
     return summary
 
 

@@ -47,34 +47,43 @@ class PreparedSet:
 
     Attributes:
       name: of the data set.
-      class_names: of the foreground classes 1, 2, ...
-      image_size: H = W.
-      target_spacing_mm: in-plane spacing of the slices.
       volumes: index by volume id, in stored order.
       source: random-access source of slices.
+      preprocessing: how volumes became slices.
       description: one line on what the set holds.
-      preprocessing: how volumes became slices; None: not known (sets made in memory).
     """
 
     name: str
-    class_names: tuple[str, ...]
-    image_size: int
-    target_spacing_mm: float
     volumes: Mapping[str, VolumeEntry]
     source: Any
+    preprocessing: Preprocessing
     description: str = ""
-    preprocessing: Preprocessing | None = None
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Of the foreground classes 1, 2, ..."""
+        return self.preprocessing.class_names
 
     @property
     def num_classes(self) -> int:
         return len(self.class_names) + 1
 
     @property
+    def image_size(self) -> int:
+        """H = W."""
+        return self.preprocessing.image_size
+
+    @property
+    def target_spacing_mm(self) -> float:
+        """In-plane spacing of the slices."""
+        return self.preprocessing.target_spacing_mm
+
+    @property
     def slice_axis(self) -> int:
         """Of the data set's own files; the prepared volumes have slices on the last axis."""
-        return self.preprocessing.slice_axis if self.preprocessing else 2
+        return self.preprocessing.slice_axis
 
-    def read_slices(self, indices: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    def read_slices(self, indices: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Images [B, H, W] float32 and labels [B, H, W] uint8 of the given records."""
         records = self.source.__getitems__([int(i) for i in indices])
         return (
@@ -95,9 +104,9 @@ class PreparedSet:
         first = records[0]
         return NativeVolume(
             label=label if entry.has_label else None,
-            shape=tuple(int(n) for n in first["native_shape"]),
+            shape=tuple(first["native_shape"].tolist()),
             affine=first["affine"],
-            spacing_mm=tuple(float(s) for s in first["spacing_mm"]),
+            spacing_mm=tuple(first["spacing_mm"].tolist()),
         )
 
 
@@ -157,13 +166,10 @@ def open_prepared(
     ]
     return PreparedSet(
         name=name,
-        class_names=tuple(metadata["class_names"]),
-        image_size=image_size,
-        target_spacing_mm=target_spacing_mm,
         volumes={e.volume_id: e for e in entries},
         source=builder.as_data_source(split=slices.SPLIT),
-        description=builder.info.description,
         preprocessing=preprocessing_of(builder),
+        description=builder.info.description,
     )
 
 

@@ -3,7 +3,9 @@
 Letters: X Y S native volume (slices on the last axis), H W training grid. No JAX in here.
 """
 
+import functools
 import math
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -119,7 +121,7 @@ WANTED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "channel": (lambda v: v is None or is_whole(v, 0, 2**15), "null, or 0 or more"),
     "slice_axis": (lambda v: is_whole(v, 0, 2), "0, 1 or 2"),
     **{
-        key: (lambda v, fixed=fixed: v == fixed, f"{fixed}: this version knows no other")
+        key: (functools.partial(operator.eq, fixed), f"{fixed}: this version knows no other")
         for key, fixed in FIXED.items()
     },
 }

@@ -38,8 +38,8 @@ class Survey(NamedTuple):
       case_id: see `nifti_folder.Files`.
       shape, spacing_mm: of the image, by axis.
       orientation: of the axes, e.g. "RAS".
-      voxels: by label value of the mask; None without a mask.
-      reach_mm: by axis, distance of the outermost foreground from the image's centre; None without
+      voxels: by label value of the mask; {} without a mask.
+      reach_mm: by axis, distance of the outermost foreground from the image's centre; 0.0 without
         foreground.
     """
 
@@ -47,8 +47,8 @@ class Survey(NamedTuple):
     shape: tuple[int, int, int]
     spacing_mm: tuple[float, float, float]
     orientation: str
-    voxels: dict[int, int] | None
-    reach_mm: tuple[float, float, float] | None
+    voxels: dict[int, int]
+    reach_mm: tuple[float, float, float]
 
 
 def find_cases(folder: Path) -> list[Files]:
@@ -115,7 +115,7 @@ def survey_case(case: Files, label_values: Sequence[int] = ()) -> Survey:
     shape, spacing_mm, affine = volumes.read_geometry(case.image)
     orientation = "".join(axis or "?" for axis in nib.aff2axcodes(affine))
     if case.label is None:
-        return Survey(case.case_id, shape, spacing_mm, orientation, None, None)
+        return Survey(case.case_id, shape, spacing_mm, orientation, {}, (0.0, 0.0, 0.0))
     no_voxels = np.broadcast_to(np.float32(0), shape)  # the label needs its image's geometry only
     image = volumes.Volume(no_voxels, None, affine, spacing_mm)
     label = whole_numbers(case.label, volumes.read_raw_label(case.label, image, case.image))
@@ -124,12 +124,10 @@ def survey_case(case: Files, label_values: Sequence[int] = ()) -> Survey:
     table = np.zeros(len(counts), bool)
     table[[v for v in voxels if v in label_values or (v and not label_values)]] = True
     foreground = table[label]
-    reach_mm = None
-    if foreground.any():
-        reach_mm = tuple(
-            _reach(foreground.any(axis=tuple({0, 1, 2} - {a}))) * spacing_mm[a] for a in range(3)
-        )
-    return Survey(case.case_id, shape, spacing_mm, orientation, voxels, reach_mm)
+    x, y, z = (
+        _reach(foreground.any(axis=tuple({0, 1, 2} - {a}))) * spacing_mm[a] for a in range(3)
+    )
+    return Survey(case.case_id, shape, spacing_mm, orientation, voxels, (x, y, z))
 
 
 def whole_numbers(path: Path, label: np.ndarray) -> np.ndarray:
@@ -142,8 +140,10 @@ def whole_numbers(path: Path, label: np.ndarray) -> np.ndarray:
 
 
 def _reach(occupied: np.ndarray) -> float:
-    """Samples from the middle of a line [n] bool to the outer edge of its outermost True."""
+    """Samples from the middle of a line [n] bool to the outer edge of its outermost True, or 0."""
     found = np.flatnonzero(occupied)
+    if not found.size:
+        return 0.0
     middle = (len(occupied) - 1) / 2
     return float(max(middle - found[0], found[-1] - middle) + 0.5)
 
@@ -168,7 +168,7 @@ def propose_image_size(surveys: Sequence[Survey], slice_axis: int, target_spacin
     """
     needed = 0.0
     for s in surveys:
-        for axis in {0, 1, 2} - {slice_axis} if s.reach_mm else ():
+        for axis in {0, 1, 2} - {slice_axis}:
             extent = s.shape[axis] * s.spacing_mm[axis]
             needed = max(needed, min(2 * MARGIN * s.reach_mm[axis], extent))
     # Rounded: 32.0000001 px of a header's float32 are 32.
@@ -182,7 +182,7 @@ def propose_label_values(folder: Path, surveys: Sequence[Survey]) -> tuple[int, 
     Raises:
       volumes.VolumeError: no mask, none with foreground, too many values, or nnU-Net's "ignore".
     """
-    masks = [s for s in surveys if s.voxels is not None]
+    masks = [s for s in surveys if s.voxels]
     values = sorted({v for s in masks for v in s.voxels} - {0})
     if not values:
         found = "all of them empty" if masks else "so no case has a mask"
@@ -274,11 +274,7 @@ def complete(config: ConfigDict) -> tuple[ConfigDict, str]:
     data.image_size = data.image_size or propose_image_size(
         surveys, data.slice_axis, data.target_spacing_mm
     )
-    shown = {
-        s.case_id: sum(v in s.voxels for v in data.label_values)
-        for s in surveys
-        if s.voxels is not None
-    }
+    shown = {s.case_id: sum(v in s.voxels for v in data.label_values) for s in surveys if s.voxels}
     lists, notes = draw_lists(
         np.random.default_rng(data.draw_seed),
         shown,
@@ -334,7 +330,7 @@ def builder_options(data: ConfigDict) -> dict:
 
 
 def _summary(folder: Path, data: ConfigDict, surveys, given, notes) -> str:
-    masks = [s for s in surveys if s.voxels is not None]
+    masks = [s for s in surveys if s.voxels]
     in_plane = np.delete([s.spacing_mm for s in surveys], data.slice_axis, axis=1)
     through = [s.spacing_mm[data.slice_axis] for s in surveys]
     classes = ", ".join(
@@ -366,7 +362,7 @@ def _summary(folder: Path, data: ConfigDict, surveys, given, notes) -> str:
         s.case_id
         for s in surveys
         for axis in {0, 1, 2} - {data.slice_axis}
-        if s.reach_mm and 2 * s.reach_mm[axis] > data.image_size * data.target_spacing_mm + 1e-3
+        if 2 * s.reach_mm[axis] > data.image_size * data.target_spacing_mm + 1e-3
     ]
     if lost:
         lines.append(

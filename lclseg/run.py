@@ -9,6 +9,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import optax
@@ -148,7 +149,7 @@ def start_run(
         "baseline": make_optimizer(config.optimizer, config.rounds.baseline_steps),
         "joint": make_optimizer(config.optimizer, config.rounds.steps_per_round),
     }
-    options = {
+    options: dict[str, Any] = {
         "model": model,
         "loss_options": steps.LossOptions(**config.loss),
         "augment_options": steps.AugmentOptions(**config.augment),

@@ -142,8 +142,7 @@ def resolve_split(
         ground truth where that is needed; an empty role (only the
         unlabelled one may be: an upper bound has none).
     """
-    by_size = data_config.splits.get(str(data_config.num_labeled))
-    chosen = by_size.get(data_config.split) if by_size is not None else None
+    chosen = data_config.splits.get(str(data_config.num_labeled), {}).get(data_config.split)
     if chosen is None and not (data_config.labeled and data_config.validation):
         known = {n: sorted(s) for n, s in data_config.splits.items()}
         raise SplitError(

@@ -83,7 +83,7 @@ def batch_drawer(
     def draw(step: int) -> input_pipeline.Draw:
         records = input_pipeline.draw_labeled(seed, step, labeled_records, data.labeled_batch_size)
         if pseudo_labels is None:
-            return input_pipeline.Draw(records, None, None)
+            return input_pipeline.Draw(records)
         pairs, is_pseudo = input_pipeline.draw_pairs(
             seed, step, labeled_views, pseudo_views, composition
         )
@@ -94,7 +94,7 @@ def batch_drawer(
 
 def read_batch(run: Run, pseudo_labels: PseudoLabels | None, draw: input_pipeline.Draw) -> dict:
     """Reads this process' share of the slices of a draw: a batch, sharded over its devices."""
-    draw = input_pipeline.Draw(*(None if x is None else processes.share(x) for x in draw))
+    draw = input_pipeline.Draw(*map(processes.share, draw))
     batch = input_pipeline.read_labeled(run.prepared, draw.labeled)
     if pseudo_labels is not None:
         batch |= input_pipeline.read_pairs(run.prepared, pseudo_labels, draw.pairs, draw.is_pseudo)
@@ -127,7 +127,7 @@ def fit(
         done = checkpoint.latest_step(manager)
         if done:
             latest, progress = checkpoint.restore(manager, done, state)
-            if progress["labels_sha256"] != digest:
+            if pseudo_labels and progress["labels_sha256"] != digest:
                 raise ConfigError(
                     f"{folder}: training was begun on other pseudo-labels than those in "
                     f"{pseudo_labels.folder}; remove the checkpoint folder to train this round anew"
@@ -193,9 +193,8 @@ def fit(
                 checkpoint.finish(manager)
                 raise Interrupted(f"stopped in {stage} after step {number} of {num_steps}")
         checkpoint.finish(manager)
-        best_step = checkpoint.best_step(manager)
+        best_step, score = checkpoint.best(manager)
         best, _ = checkpoint.restore(manager, best_step, state)
-    score = next(h["mean_dice"] for h in history if h["step"] == best_step)
     logger.info("%s: best validation Dice %.4f at step %d", stage, score, best_step)
     return Best(best, score, stage), history
 
@@ -232,7 +231,7 @@ def check_finite(
         slices = {
             role: [run.prepared.slice_name(r) for r in records.ravel()]
             for role, records in (("labeled", draw(number).labeled), ("pairs", draw(number).pairs))
-            if records is not None
+            if records.size
         }
         values = {k: str(v) for k, v in scalars.items()}
         run_files.write_json(path, {"stage": stage, "step": number, "metrics": values, **slices})
@@ -260,7 +259,7 @@ def validate(run: Run, state: steps.TrainState) -> tuple[dict, dict[str, np.ndar
 
     The pictures are of the first volumes, by id: the slice of each that shows most foreground.
     """
-    pictures = {}
+    pictures: dict[str, np.ndarray] = {}
 
     def draw(prediction: evaluation.VolumePrediction) -> None:
         if len(pictures) == OVERLAYS:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from lclseg import checkpoint, preprocessing, run_files, steps
@@ -52,7 +52,11 @@ def unet(preprocessing: Preprocessing, architecture: dict) -> UNet:
 def inference_state(params: dict, batch_stats: dict) -> steps.TrainState:
     """A state that can predict, and cannot be trained."""
     return steps.TrainState(
-        step=np.int32(0), params={}, batch_stats=batch_stats, opt_state=(), ema_params=params
+        step=jnp.zeros((), jnp.int32),
+        params={},
+        batch_stats=batch_stats,
+        opt_state=(),
+        ema_params=params,
     )
 
 
@@ -111,17 +115,17 @@ def _best_checkpoint(workdir: Path, only: str | None) -> tuple[str, int, float]:
     """Stage, step and validation Dice; of equals, the earliest stage, as the run chooses."""
     folders = [p for p in (workdir / "checkpoints").glob(only or "*") if p.is_dir()]
     rounds = {
-        p.name: int(number[1])
+        int(number[1]): p.name
         for p in folders
         if (number := re.fullmatch(r"round_(\d+)", p.name)) is not None
     }
-    stages = [p.name for p in folders if p.name == "baseline"] + sorted(rounds, key=rounds.get)
+    stages = [p.name for p in folders if p.name == "baseline"]
+    stages += [rounds[number] for number in sorted(rounds)]
     found = []
     for stage in stages:
         with checkpoint.open_stage(workdir / "checkpoints" / stage, read_only=True) as manager:
-            step = manager.best_step()
-            dice = None if step is None else manager.metrics(step)["dice"]
-        if dice is not None and dice > checkpoint.UNVALIDATED:
+            step, dice = checkpoint.best(manager)
+        if dice > checkpoint.UNVALIDATED:
             found.append((stage, step, dice))
     if not found:
         raise ModelError(

@@ -62,13 +62,13 @@ class Geometry(NamedTuple):
 
 def _check_size(path: Path) -> None:
     """Raises VolumeError where the header asks for more than `MAX_VOXELS`; reads nothing else."""
-    with nib.openers.Opener(path) as stream:
+    with nib.openers.Opener(str(path)) as stream:
         start = stream.read(nib.nifti2.header_dtype.itemsize)
     for layout in (nib.nifti1.header_dtype, nib.nifti2.header_dtype):
-        for order in "<>":
+        for ordered in (layout, layout.newbyteorder()):
             if len(start) < layout.itemsize:
                 continue
-            header = np.frombuffer(start, layout.newbyteorder(order), count=1)[0]
+            header = np.frombuffer(start, ordered, count=1)[0]
             if header["sizeof_hdr"] != layout.itemsize:
                 continue
             shape = [int(n) for n in header["dim"][1 : 1 + max(int(header["dim"][0]), 0)]]
@@ -100,13 +100,19 @@ def _readable(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _load_3d(path: Path, channel: int | None = None) -> tuple[np.ndarray, nib.Nifti1Image]:
-    with _readable(path):
-        _check_size(path)
-        file = nib.load(path)
-        data = np.asarray(file.dataobj)
+def _load(path: Path) -> nib.Nifti1Image:
+    """Opens a NIfTI file of bearable size, voxels unread; for use within `_readable`."""
+    _check_size(path)
+    file = nib.load(path)
     if not isinstance(file, nib.Nifti1Image):
         raise VolumeError(f"{path}: found a {type(file).__name__}; wanted a NIfTI file")
+    return file
+
+
+def _load_3d(path: Path, channel: int | None = None) -> tuple[np.ndarray, nib.Nifti1Image]:
+    with _readable(path):
+        file = _load(path)
+        data = np.asarray(file.dataobj)
     if channel is not None:
         if data.ndim != 4 or data.shape[3] <= channel:
             raise VolumeError(
@@ -123,9 +129,9 @@ def _load_3d(path: Path, channel: int | None = None) -> tuple[np.ndarray, nib.Ni
 
 def _stored_spacing(path: Path, file: nib.Nifti1Image) -> tuple[float, float, float]:
     """Spacing as the header has it: on loading, nibabel takes 0 for 1 mm and drops signs."""
-    with nib.openers.Opener(path) as stream:
+    with nib.openers.Opener(str(path)) as stream:
         header = type(file.header).from_fileobj(stream, check=False)
-    return tuple(float(s) for s in header["pixdim"][1:4])
+    return tuple(header["pixdim"][1:4].tolist())
 
 
 def read_image(path: Path, *, channel: int | None = None) -> Volume:
@@ -168,8 +174,7 @@ def read_geometry(path: Path) -> Geometry:
       VolumeError: unreadable, not 3-D, or spacing not positive.
     """
     with _readable(path):
-        _check_size(path)
-        file = nib.load(path)
+        file = _load(path)
         shape, affine = file.shape, np.asarray(file.affine, np.float64)
         spacing_mm = _stored_spacing(path, file)
     if len(shape) != 3:
@@ -260,8 +265,7 @@ def map_label_values(raw: np.ndarray, values: Sequence[int]) -> tuple[np.ndarray
 def read_header(path: Path) -> nib.Nifti1Header:
     """The header of a NIfTI file; raises VolumeError where it is not readable."""
     with _readable(path):
-        _check_size(path)
-        return nib.load(path).header
+        return _load(path).header
 
 
 def write_like(path: Path, data: np.ndarray, reference: Path) -> None:
@@ -296,11 +300,12 @@ def _axes_slices_last(slice_axis: int) -> list[int]:
 def slices_last(volume: Volume, slice_axis: int) -> Volume:
     """The same volume with axis `slice_axis` of its file (0, 1 or 2) last; see `write_label`."""
     axes = _axes_slices_last(slice_axis)
+    x, y, z = (volume.spacing_mm[a] for a in axes)
     return Volume(
         image=volume.image.transpose(axes),
         label=None if volume.label is None else volume.label.transpose(axes),
         affine=volume.affine[:, [*axes, 3]],
-        spacing_mm=tuple(volume.spacing_mm[a] for a in axes),
+        spacing_mm=(x, y, z),
     )
 
 
@@ -438,5 +443,5 @@ def probs_to_native(probs, spacing_mm, shape, *, target_spacing_mm: float) -> np
     native = np.empty((shape[0], shape[1], len(probs), probs.shape[3]), np.float32)
     for s, of_slice in enumerate(_native_slices(probs, rows, columns)):
         native[:, :, s] = np.moveaxis(of_slice, 0, 2)
-    native[~(rows.any(axis=1)[:, None] & columns.any(axis=1)), :, 0] = 1
+    native[~(rows.any(axis=1, keepdims=True) & columns.any(axis=1)), :, 0] = 1
     return native

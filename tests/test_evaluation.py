@@ -8,6 +8,7 @@ import pytest
 
 from lclseg import evaluation, volumes
 from lclseg.prepared import PreparedSet, VolumeEntry
+from lclseg.preprocessing import Preprocessing
 
 SIZE, TARGET = 48, 1.1  # of the grid
 AFFINE = np.array([[0, -1.3, 0, 7], [-0.8, 0, 0, 9], [0, 0, 5, -3], [0, 0, 0, 1]], float)
@@ -45,7 +46,8 @@ def prepared():
                 }
             )
     source = types.SimpleNamespace(__getitems__=lambda indices: [records[i] for i in indices])
-    return PreparedSet("fake", ("ring", "disc"), SIZE, TARGET, entries, source)
+    how = Preprocessing(("ring", "disc"), (1, 2), False, SIZE, TARGET, 0, None)
+    return PreparedSet("fake", entries, source, how)
 
 
 def perfect(images):

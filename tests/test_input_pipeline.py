@@ -12,6 +12,7 @@ import pytest
 from lclseg import input_pipeline
 from lclseg.input_pipeline import PairComposition, Pool
 from lclseg.prepared import PreparedSet, VolumeEntry
+from lclseg.preprocessing import Preprocessing
 from lclseg.pseudo_labels import PseudoLabels
 
 LABELED = np.array([3, 5, 8, 13, 21, 34])
@@ -174,7 +175,8 @@ def prepared():
         ]
 
     source = types.SimpleNamespace(__getitems__=read)
-    return PreparedSet("fake", ("a", "b", "c"), 4, 1.0, entries, source)
+    how = Preprocessing(("a", "b", "c"), (1, 2, 3), False, 4, 1.0, 0, None)
+    return PreparedSet("fake", entries, source, how)
 
 
 @pytest.fixture

@@ -136,7 +136,7 @@ def test_version_is_the_same_everywhere(setup_cfg):
 STAND_IN = """#!/usr/bin/env bash
 case "$*" in
   "-c "*) exec {python} "$@" ;;
-  "-m venv "*) mkdir -p .venv/bin; cp "$0" .venv/bin/python; cp "$0" .venv/bin/ruff ;;
+  "-m venv "*) mkdir -p .venv/bin; for p in python ruff mypy; do cp "$0" .venv/bin/$p; done ;;
 esac
 echo "$*" >>calls
 if [[ "$*" == "-m pip"* && -e pip_fails ]]; then echo "no such package"; exit 1; fi
@@ -199,12 +199,12 @@ def test_run_sh_sets_up_once(run_sh):
 
 def test_run_sh_adds_the_test_packages_to_what_is_there(run_sh):
     run_sh()
-    checks = ["check .", "format --check ."]
+    checks = ["check .", "format --check .", "lclseg tfds_builders"]
     process, calls = run_sh("test", "-k", "x")
     assert process.returncode == 0
     assert actions(calls)[:-1] == ["pip .[test]", "pip .[oracle]", *checks]
     assert actions(calls)[-1].startswith("-m pytest") and actions(calls)[-1].endswith("-k x")
-    assert actions(run_sh("test")[1])[:2] == checks
+    assert actions(run_sh("test")[1])[:-1] == checks
     assert actions(run_sh()[1]) == [TRAIN]
 
 
@@ -263,12 +263,13 @@ def test_run_sh_refuses(run_sh, arguments, environment, message):
     assert not calls and not (run_sh.folder / ".venv").exists()
 
 
-def test_run_sh_passes_on_the_exit_status(run_sh):
+@pytest.mark.parametrize(("tool", "first"), [("ruff", "check"), ("mypy", "lclseg")])
+def test_run_sh_passes_on_the_exit_status(run_sh, tool, first):
     run_sh("test")
     python = run_sh.folder / ".venv" / "bin" / "python"
     python.write_text(python.read_text() + 'if [[ "$*" == "-m pytest"* ]]; then exit 3; fi\n')
     assert run_sh("test")[0].returncode == 3
-    ruff = run_sh.folder / ".venv" / "bin" / "ruff"
-    ruff.write_text('#!/usr/bin/env bash\nif [[ "$1" == check ]]; then exit 1; fi\n')
+    check = run_sh.folder / ".venv" / "bin" / tool
+    check.write_text(f'#!/usr/bin/env bash\nif [[ "$1" == {first} ]]; then exit 1; fi\n')
     shutil.copy(run_sh.folder / "stand_in", python)
     assert run_sh("test")[0].returncode == 1

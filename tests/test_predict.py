@@ -510,7 +510,7 @@ def test_inputs_that_are_not_there(tmp_path, source, labels, message):
 @pytest.mark.parametrize(
     "values, affine, message",
     [
-        ((1, 2), None, r"found label values 0, 1, 2; wanted some of 205, 850"),
+        ((1, 2), None, r"found label values 1, 2; wanted 0 and the classes' 205, 850"),
         ((205, 850), np.diag([3.0, 1, 1, 1]), "lie differently in space"),
     ],
 )
@@ -522,7 +522,7 @@ def test_bad_labels_are_refused(tmp_path, values, affine, message):
         tmp_path / "l" / "a.nii.gz", raw, geometry("plain")[0] if affine is None else affine
     )
     with pytest.raises(VolumeError, match=message):
-        predict.check_cases([Files("a", path, label)], HOW)
+        predict.check_cases([Files("a", path, label)], HOW._replace(others_are_background=False))
 
 
 # Which model.
@@ -542,7 +542,7 @@ def test_the_best_stage_is_loaded_and_the_run_left_alone(tiny_run):
     assert model.facts["validation_dice"] == chosen["best_validation_dice"]
     assert model.facts["test"]["mean_dice"] == chosen["test"]["mean_dice"]
     assert model.facts["num_volumes"] == {"labeled": 1, "unlabeled": 1, "validation": 2, "test": 2}
-    assert model.preprocessing == (("RV", "MYO", "LV"), (1, 2, 3), 32, 4.0, 0, None, 2)
+    assert model.preprocessing == (("RV", "MYO", "LV"), (1, 2, 3), False, 32, 4.0, 0, None, 2)
     for stage, result in results["results"].items():
         one = trained.load_run(workdir, stage=stage).facts
         assert (one["stage"], one["validation_dice"]) == (stage, result["best_validation_dice"])

@@ -188,4 +188,4 @@ def test_preprocessing_of_sets_prepared_by_an_older_version(prepared, tmp_path):
     builder.info.metadata.clear()
     builder.info.metadata.update(metadata)
     assert preprocessing_of(builder) == prepared.preprocessing
-    assert prepared.preprocessing == (("RV", "MYO", "LV"), (1, 2, 3), 40, 2.5, 0, None, 2)
+    assert prepared.preprocessing == (("RV", "MYO", "LV"), (1, 2, 3), False, 40, 2.5, 0, None, 2)

@@ -10,6 +10,7 @@ import pytest
 
 from lclseg import pseudo_labels, volumes
 from lclseg.prepared import PreparedSet, VolumeEntry
+from lclseg.preprocessing import Preprocessing
 
 AFFINE = np.array([[-1, 0, 0, 9], [0, 0, 1, 5], [0, 7, 0, -2], [0, 0, 0, 1]], float)
 
@@ -65,7 +66,8 @@ def make_prepared(*, native_size=(8, 8), spacing_mm=(1.0, 1.0, 4.0)):
                 }
             )
     source = types.SimpleNamespace(__getitems__=lambda indices: [records[i] for i in indices])
-    return PreparedSet("fake", ("one", "two"), 8, 1.0, entries, source)
+    how = Preprocessing(("one", "two"), (1, 2), False, 8, 1.0, 0, None)
+    return PreparedSet("fake", entries, source, how)
 
 
 def make(

@@ -24,6 +24,7 @@ from lclseg.page import comparison, figures, one_run
 from lclseg.page.command import reproducing_command
 from lclseg.page.recorded import names_of, read_run
 from lclseg.prepared import PreparedSet, VolumeEntry
+from lclseg.preprocessing import Preprocessing
 
 ROOT = Path(__file__).parents[1]
 HOSTILE = "<script>alert('1')</script>&\"$x_"
@@ -238,7 +239,8 @@ def make_prepared():
                 }
             )
     source = types.SimpleNamespace(__getitems__=lambda indices: [records[i] for i in indices])
-    return PreparedSet("fake", CLASSES, SIZE, SPACING[0], entries, source)
+    how = Preprocessing(CLASSES, (1, 2), False, SIZE, SPACING[0], 0, None)
+    return PreparedSet("fake", entries, source, how)
 
 
 @pytest.fixture
@@ -434,7 +436,7 @@ def test_no_hidden_truth(drawn, tmp_path, results, prepared):
         labels["true_mean_dice"] = None
         labels["true_dice_per_class"] = dict.fromkeys(CLASSES)
     entries = {v: e._replace(has_label=v in TEST_IDS) for v, e in prepared.volumes.items()}
-    unlabelled = PreparedSet("fake", CLASSES, SIZE, SPACING[0], entries, prepared.source)
+    unlabelled = dataclasses.replace(prepared, volumes=entries)
     workdir = write_run(tmp_path / "run", results)
     write_pseudo_labels(workdir, {1: (8, 8), 2: (8, 4)})
     for path in workdir.glob("pseudo_labels/*/report.json"):

@@ -15,7 +15,7 @@ import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -185,12 +185,12 @@ def _prepare(
 ) -> list[dict]:
     """The slices of one case, in order along the last axis."""
     volume = load(case)
-    grid = {"image_size": image_size, "target_spacing_mm": target_spacing_mm}
+    grid: dict[str, Any] = {"image_size": image_size, "target_spacing_mm": target_spacing_mm}
     image = preprocessing.to_slices(
         volume.image, volume.spacing_mm, n4_shrink_factor=n4_shrink_factor, **grid
     )
     has_label = volume.label is not None
-    native_label = volume.label if has_label else np.zeros(volume.image.shape, np.uint8)
+    native_label = np.zeros(volume.image.shape, np.uint8) if volume.label is None else volume.label
     label = volumes.label_to_grid(native_label, volume.spacing_mm, **grid)
     return [
         {

@@ -1,7 +1,6 @@
 """MM-WHS (Multi-Modality Whole Heart Segmentation) 2017, MR: seven structures of the heart."""
 
 import logging
-import re
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +27,7 @@ def find_cases(folder: Path) -> list[slices.Case]:
         )
     cases = []
     for image in sorted(root.glob(pattern)):
-        number = re.match(r"mr_train_(\d{4})_", image.name)[1]
+        number = image.name.split("_")[2]
         label = image.with_name(image.name.replace("_image", "_label"))
         cases.append(
             slices.Case(

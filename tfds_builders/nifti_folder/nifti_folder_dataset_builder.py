@@ -106,7 +106,8 @@ class Builder(tfds.core.GeneratorBasedBuilder):
             )
         # A case counts as a patient.
         cases = [
-            slices.Case(f.case_id, f.case_id, str(f.image), f.label and str(f.label)) for f in files
+            slices.Case(f.case_id, f.case_id, str(f.image), str(f.label) if f.label else None)
+            for f in files
         ]
         load_case = functools.partial(
             load,
