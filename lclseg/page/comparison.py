@@ -89,9 +89,9 @@ def _curves(runs: Sequence[RecordedRun]) -> Iterator[str]:
     marks = [(x, " ".join(n) if len(n) == 1 else "") for x, n in sorted(names.items()) if x]
     losses, dice = [], []
     for place, (run, color) in enumerate(zip(runs, series(len(runs)), strict=True)):
-        look = {"color": color, "dashed": place >= len(SERIES)}
-        losses.append(Line(run.name, *run.logged("loss"), **look))
-        dice.append(Line(run.name, *run.validation_dice(), **look))
+        dashed = place >= len(SERIES)
+        losses.append(Line(run.name, *run.logged("loss"), color, dashed=dashed))
+        dice.append(Line(run.name, *run.validation_dice(), color, dashed=dashed))
     yield legend(line_key(line, f"#run-{place}") for place, line in enumerate(losses))
     shown = [
         line_chart("Training loss", losses, marks, y_limits=(0, None), has_legend=False),

@@ -9,7 +9,7 @@ import io
 import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -24,7 +24,7 @@ INK, MUTED, RULE, PAPER = "#101112", "#606162", "#d0d1d2", "#f0f1f2"
 SERIES = tuple(f"#20212{k}" for k in range(len(PALETTE)))
 _VARIABLES = {INK: "ink", MUTED: "muted", RULE: "rule", PAPER: "paper"}
 _VARIABLES |= {color: f"c{k}" for k, color in enumerate(SERIES)}
-_STYLE = {
+_STYLE: dict[Any, Any] = {  # the stub knows each key by name
     "svg.fonttype": "none",
     "svg.hashsalt": "lclseg",
     "text.parse_math": False,
@@ -65,8 +65,8 @@ class Line(NamedTuple):
     """A line of a chart: x, y [n]; a colour, INK, MUTED or of SERIES; width in points."""
 
     name: str
-    x: Sequence[float]
-    y: Sequence[float]
+    x: Sequence[float] | np.ndarray
+    y: Sequence[float] | np.ndarray
     color: str
     width: float = 1.5
     dashed: bool = False
@@ -181,8 +181,7 @@ def _svg(size: tuple[float, float], draw: Callable[[Figure], None]) -> str:
     svg = svg[svg.index("<svg") :].strip()
     # Matplotlib's name and licence terms; a style sheet that would hold for the whole page.
     svg = re.sub(r"\s*<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL)
-    view_box = re.search(r'viewBox="[^"]*"', svg)[0]
-    svg = re.sub(r"<svg[^>]*>", f'<svg {view_box} aria-hidden="true">', svg, count=1)
+    svg = re.sub(r'<svg[^>]*( viewBox="[^"]*")[^>]*>', r'<svg\1 aria-hidden="true">', svg, count=1)
     # Some versions write `font: 10px FAMILIES`, others `font-size: 10px; font-family: FAMILIES`.
     svg = re.sub(r"(font: [\d.]+px|font-family:) [^;\"]*", r"\1 var(--font)", svg)
     for color in _VARIABLES:

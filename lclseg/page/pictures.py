@@ -30,24 +30,24 @@ def test_pictures(run: RecordedRun) -> Iterator[str]:
         yield note("No test volume shows any class.")
         return
     yield _legend(run, "truth", "prediction")
-    ranked = sorted(dices, key=dices.get, reverse=True)
+    ranked = sorted(dices, key=lambda v: dices[v], reverse=True)
     last = len(ranked) - 1  # few volumes: one may be more than one of these
     picks = {last // 2: "Median", last: "Worst", 0: "Best"}
     groups = []
     for place, rank in sorted(picks.items()):
         volume_id = ranked[place]
         heading = f"<h4>{rank}: {text(volume_id)}</h4>"
-        groups.append(f"<div>{heading}{''.join(_predictions(run, volume_id))}</div>")
+        groups.append(f"<div>{heading}{''.join(_predictions(run, run.prepared, volume_id))}</div>")
     yield f'<div class="groups">{"".join(groups)}</div>'
     yield "<p>Of each volume the slice with most foreground, cut to it; Dice is the volume’s.</p>"
 
 
-def _predictions(run: RecordedRun, volume_id: str) -> Iterator[str]:
+def _predictions(run: RecordedRun, prepared: PreparedSet, volume_id: str) -> Iterator[str]:
     """A test volume by the first, the chosen and the last stage."""
-    if volume_id not in run.prepared.volumes:
+    if volume_id not in prepared.volumes:
         yield note("The prepared set does not hold this volume any more.")
         return
-    image, truth = run.prepared.read_slices(run.prepared.volumes[volume_id].slices)
+    image, truth = prepared.read_slices(prepared.volumes[volume_id].slices)
     stages = list(run.stages)
     labels, captions = [], []
     for stage in sorted({stages[0], run.chosen, stages[-1]}, key=stages.index):
@@ -55,7 +55,7 @@ def _predictions(run: RecordedRun, volume_id: str) -> Iterator[str]:
         if not path.exists():
             yield note(f"There is no {path.relative_to(run.workdir)} any more.")
             continue
-        labels.append(_read_prediction(run.prepared, volume_id, path))
+        labels.append(_read_prediction(prepared, volume_id, path))
         record = run.stages[stage]["test"]["per_volume"][volume_id]
         by_class = ", ".join(
             f"{c}\N{NO-BREAK SPACE}{number(record['dice'][c], '.2f')}" for c in run.classes
@@ -103,19 +103,20 @@ def changed_pictures(run: RecordedRun) -> Iterator[str]:
     ranked = sorted(agreements, key=lambda v: min(agreements[v].values()))
     for volume_id in ranked[:NUM_CHANGED]:
         yield f"<h5>{text(volume_id)}</h5>"
-        yield _rounds(run, volume_id, labels[volume_id], agreements[volume_id])
+        yield _rounds(run, run.prepared, volume_id, labels[volume_id], agreements[volume_id])
     yield "<p>Of each volume the slice where most pixels changed, cut to its foreground.</p>"
 
 
 def _rounds(
     run: RecordedRun,
+    prepared: PreparedSet,
     volume_id: str,
     labels: Mapping[str, np.ndarray],
     agreements: Mapping[str, float],
 ) -> str:
     """A volume's pseudo-labels round by round, with their Dice with those before."""
-    entry = run.prepared.volumes[volume_id]
-    image, truth = run.prepared.read_slices(entry.slices)
+    entry = prepared.volumes[volume_id]
+    image, truth = prepared.read_slices(entry.slices)
     pairs = itertools.pairwise(labels.values())
     changed = sum(np.count_nonzero(label != before, axis=(1, 2)) for before, label in pairs)
     shown = int(changed.argmax())
@@ -154,7 +155,7 @@ def _overlays(
 
 def _read_prediction(prepared: PreparedSet, volume_id: str, path: Path) -> np.ndarray:
     """A stored prediction on the training grid, where the image is: [S, H, W]."""
-    label = np.asarray(nib.load(path).dataobj).astype(np.uint8)
+    label = np.asarray(nib.Nifti1Image.from_filename(path).dataobj).astype(np.uint8)
     return volumes.label_to_grid(
         np.moveaxis(label, prepared.slice_axis, 2),
         prepared.read_native(volume_id).spacing_mm,
@@ -172,5 +173,5 @@ def _box(labels: list[np.ndarray]) -> tuple[slice, slice]:
     ends = [(np.flatnonzero(foreground.any(axis=a))[[0, -1]]) for a in (1, 0)]
     side = max(max(int(high - low) for low, high in ends) * 3 // 2 + 1, size // 3)
     side = min(side, size)
-    starts = [int(np.clip((low + high + 1 - side) // 2, 0, size - side)) for low, high in ends]
-    return tuple(slice(start, start + side) for start in starts)
+    top, left = (int(np.clip((low + high + 1 - side) // 2, 0, size - side)) for low, high in ends)
+    return slice(top, top + side), slice(left, left + side)

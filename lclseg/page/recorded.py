@@ -93,7 +93,7 @@ class RecordedRun(NamedTuple):
         x = [self.first_steps[stage] + entry["step"] for stage, entry in best.items()]
         return x, np.array([entry["mean_dice"] for entry in best.values()])
 
-    def _lines_of(self, stage: str, key: str) -> list[tuple[int, float]]:
+    def _lines_of(self, stage: str, key: str) -> list[tuple[int, float | None]]:
         lines = (line for line in self.lines if line["stage"] == stage and key in line)
         return [(line["step"], line[key]) for line in lines]
 
