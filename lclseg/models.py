@@ -153,7 +153,7 @@ class SegmentationHead(nn.Module):
             kernel_init=nn.initializers.he_normal(),
             dtype=self.dtype,
         )(x)
-        return logits.astype(jnp.float32)
+        return logits.astype(jnp.promote_types(self.dtype, jnp.float32))
 
 
 class ProjectionHead(nn.Module):
@@ -174,7 +174,7 @@ class ProjectionHead(nn.Module):
             kernel_init=nn.initializers.he_normal(),
             dtype=self.dtype,
         )(x)
-        return x.astype(jnp.float32)
+        return x.astype(jnp.promote_types(self.dtype, jnp.float32))
 
 
 class UNet(nn.Module):
@@ -196,7 +196,8 @@ class UNet(nn.Module):
       num_classes: C, background included.
       filters: per level, top to bottom; H and W must be multiples of 2 ** (len(filters) - 1).
       embedding_dim: E.
-      dtype: of the computation; parameters, logits and embeddings are float32.
+      dtype: of the computation; parameters, logits and embeddings are float32 (but float64 leaves
+        float64, with which tests tell rounding from faults).
       axis_name: mapped axis over which BatchNorm averages its statistics in training; shards must
         be equal.
     """
