@@ -277,8 +277,9 @@ def full_run(workdir, slice_axis=2):
     write_run(workdir, make_results(), lines=LINES)
     write_predictions(workdir, {"baseline": 4, "round_1": 8, "round_2": 6}, slice_axis)
     write_pseudo_labels(workdir, {1: (8, 8), 2: (8, 4), 3: (8, 5)})
-    preprocessing = types.SimpleNamespace(slice_axis=slice_axis)
-    prepared = dataclasses.replace(make_prepared(), preprocessing=preprocessing)
+    prepared = make_prepared()
+    preprocessing = prepared.preprocessing._replace(slice_axis=slice_axis)
+    prepared = dataclasses.replace(prepared, preprocessing=preprocessing)
     return read_run(workdir, "run", prepared)
 
 
