@@ -81,12 +81,10 @@ def _value(config: dict, key: str) -> str:
 
 
 def _curves(runs: Sequence[RecordedRun]) -> Iterator[str]:
-    names: dict[int, set[str]] = {}
-    for run in runs:
-        for stage, first in run.first_steps.items():
-            names.setdefault(first, set()).add(named(stage))
-    # Runs may begin their rounds at different steps: then a mark has no name.
-    marks = [(x, " ".join(n) if len(n) == 1 else "") for x, n in sorted(names.items()) if x]
+    begins = sorted({(first, stage) for run in runs for stage, first in run.first_steps.items()})
+    marks = [(first, named(stage)) for first, stage in begins if first]
+    if len({name for _, name in marks}) < len(marks):
+        marks = []  # rounds that begin at different steps: a mark would not say whose
     losses, dice = [], []
     for place, (run, color) in enumerate(zip(runs, series(len(runs)), strict=True)):
         dashed = place >= len(SERIES)
