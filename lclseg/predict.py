@@ -207,7 +207,8 @@ def read_case(case: Files, how: Preprocessing) -> tuple[volumes.Volume, np.ndarr
     if case.label is not None:
         raw = volumes.read_raw_label(case.label, image, case.image)
         classes, others = volumes.map_label_values(raw, how.label_values)
-        if others and not how.others_are_background:
+        # Only others: labels of another data set, or classes in place of its values.
+        if others and not (how.others_are_background and classes.any()):
             raise VolumeError(
                 f"{case.label}: found label values {', '.join(f'{v:g}' for v in others)}; wanted 0 "
                 f"and the classes' {', '.join(map(str, how.label_values))}"

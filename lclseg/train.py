@@ -33,16 +33,10 @@ from lclseg import (
     steps,
     tensorboard,
 )
-from lclseg.configuration import (
-    ConfigError,
-)
+from lclseg.configuration import ConfigError
 from lclseg.crf import dense_crf
 from lclseg.interruption import Interrupted
-from lclseg.pseudo_labels import (
-    PseudoLabels,
-    load_pseudo_labels,
-    make_pseudo_labels,
-)
+from lclseg.pseudo_labels import PseudoLabels, load_pseudo_labels, make_pseudo_labels
 from lclseg.run import Run, evaluate_state, initial_state, predictor, start_run, take_over_baseline
 
 ZEROS_TO_WARN = 5  # validations in a row

@@ -1,10 +1,12 @@
 """Builders of the phantom, ACDC and the hippocampus set, on small files in the published layout."""
 
+import concurrent.futures
 import gzip
 import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import nibabel as nib
@@ -278,6 +280,23 @@ def test_a_misplaced_folder_leaves_nothing_behind(tmp_path):
     with pytest.raises(VolumeError, match="no patientNNN folder in any of"):
         open_set("acdc", tmp_path, tmp_path / "downloads")
     assert nothing_prepared(tmp_path)
+
+
+def test_preparing_holds_few_results():
+    """In order, whichever is ready first; at most `ahead` items are under way or waiting."""
+    begun = []
+
+    def work(item):
+        time.sleep(0.01 * (item % 3))
+        begun.append(item)
+        return item
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        results = slices._in_order(pool, work, range(20), ahead=4)
+        assert [next(results) for _ in range(3)] == [0, 1, 2]
+        time.sleep(0.1)
+        assert max(begun) <= 5
+        assert list(results) == list(range(3, 20))
 
 
 def test_a_broken_file_leaves_nothing_behind(tmp_path):

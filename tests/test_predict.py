@@ -522,7 +522,7 @@ def test_bad_labels_are_refused(tmp_path, values, affine, message):
         tmp_path / "l" / "a.nii.gz", raw, geometry("plain")[0] if affine is None else affine
     )
     with pytest.raises(VolumeError, match=message):
-        predict.check_cases([Files("a", path, label)], HOW._replace(others_are_background=False))
+        predict.check_cases([Files("a", path, label)], HOW)
 
 
 # Which model.

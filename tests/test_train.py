@@ -6,6 +6,7 @@ import math
 import runpy
 import struct
 from pathlib import Path
+from unittest import mock
 
 import jax
 import nibabel as nib
@@ -19,6 +20,7 @@ from lclseg.configuration import ConfigError
 from lclseg.interruption import Interrupted
 from lclseg.pseudo_labels import PseudoLabelError
 from lclseg.run import initial_state, predictor, start_run
+from lclseg.splits import SplitError
 
 ROOT = Path(__file__).parents[1]
 
@@ -318,6 +320,19 @@ def test_non_finite_loss_stops_the_run(data_dir, tmp_path):
     first = run.prepared.volumes["phantom_000"].first_slice
     assert record["labeled"] == [f"phantom_000, slice {r - first}" for r in records]
     assert not list((tmp_path / "run" / "checkpoints" / "baseline").glob("[0-9]*"))
+
+
+def test_prepare_only(tmp_path):
+    """Says what there is; after it a run needs no files to prepare from."""
+    config = tiny_config(tmp_path / "data")
+    text = lclseg.run.prepare(config)
+    assert "32 px of 4 mm, are prepared; 1 labeled, 3 unlabeled, 2 validation, 2 test" in text
+    assert [p.name for p in tmp_path.iterdir()] == ["data"]
+    with mock.patch("lclseg.prepared._prepare", side_effect=AssertionError):
+        lclseg.run.open_data(config)
+    config.data.validation = ("phantom_010",)  # in the unlabelled pool, too
+    with pytest.raises(SplitError, match="phantom_010"):
+        lclseg.run.prepare(config)
 
 
 def test_cpu_devices_divide_the_batches(monkeypatch):
