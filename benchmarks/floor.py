@@ -97,7 +97,10 @@ def joint_step(size: int, axis: tuple[tuple[str, int], ...] = ()):
 
 
 def equations(jaxpr) -> Iterator:
-    """The equations of a program and of the programs that it calls; loops count once."""
+    """The equations of a program and of the programs that it calls; loops count once.
+
+    Of a choice by platform, the last branch: what is not for CPUs.
+    """
     for equation in jaxpr.eqns:
         inner = [
             getattr(p, "jaxpr", p)
@@ -106,7 +109,7 @@ def equations(jaxpr) -> Iterator:
             if hasattr(p, "eqns") or hasattr(p, "jaxpr")
         ]
         if inner:
-            for program in inner:
+            for program in inner[-1:] if equation.primitive.name == "cond" else inner:
                 yield from equations(program)
         else:
             yield equation

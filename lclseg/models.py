@@ -10,6 +10,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from lclseg.convolution import conv
+
 Array = jax.Array
 
 
@@ -37,26 +39,27 @@ def upsample_conv(x: Array, kernel: Array) -> Array:
       [B, 2H, 2W, G].
 
     All four pixels of an upsampled block are equal, so each kernel tap is multiplied once per
-    *low*-resolution pixel, as one matrix product; the even and odd output rows and columns are sums
-    of these products: out[2i] = w0 x[i] + w1 x[i], out[2i+1] = w0 x[i] + w1 x[i+1], with x = 0
-    beyond the end.
+    *low*-resolution pixel, as one matrix product: out[2i + p, 2j + q] is the sum over taps (u, v)
+    of w[u, v] x[i + p u, j + q v], with x = 0 beyond the end.
     """
     b, h, w, f = x.shape
     g = kernel.shape[-1]
-    taps = jnp.einsum("bhwf,uvfg->uvbhwg", x, kernel)
+    taps = x.reshape(-1, f) @ kernel.transpose(2, 0, 1, 3).reshape(f, 4 * g)
+    taps = taps.reshape(b, h, w, 2, 2, g)
 
-    def interleave(near: Array, far: Array, axis: int) -> Array:
-        after = jnp.roll(far, -1, axis)
-        last = jax.lax.broadcasted_iota(jnp.int32, far.shape, axis) == far.shape[axis] - 1
-        odd = near + jnp.where(last, 0, after)
-        return jnp.stack([near + far, odd], axis=axis + 1)
+    def ahead(tap: Array, rows: int, columns: int) -> Array:
+        return jnp.pad(tap, ((0, 0), (0, rows), (0, columns), (0, 0)))[:, rows:, columns:]
 
-    rows = [interleave(taps[0, v], taps[1, v], axis=1) for v in range(2)]
-    rows = [r.reshape(b, 2 * h, w, g) for r in rows]
-    return interleave(rows[0], rows[1], axis=2).reshape(b, 2 * h, 2 * w, g)
+    def pixel(p: int, q: int) -> Array:
+        parts = [ahead(taps[:, :, :, u, v], p * u, q * v) for u in (0, 1) for v in (0, 1)]
+        return parts[0] + parts[1] + parts[2] + parts[3]
+
+    rows = [jnp.stack([pixel(p, 0), pixel(p, 1)], axis=3) for p in (0, 1)]
+    return jnp.stack(rows, axis=2).reshape(b, 2 * h, 2 * w, g)
 
 
 BATCH_NORM_MOMENTUM = 0.99  # of the running statistics
+BATCH_NORM_EPSILON = 1e-3  # added to the variance
 
 
 class UpsampleConv(nn.Module):
@@ -70,6 +73,59 @@ class UpsampleConv(nn.Module):
         shape = (2, 2, x.shape[-1], self.features)
         kernel = self.param("kernel", nn.initializers.he_normal(), shape)
         return upsample_conv(x.astype(self.dtype), kernel.astype(self.dtype))
+
+
+class Conv(nn.Module):
+    """ "SAME" convolution without bias."""
+
+    features: int
+    kernel_size: int = 3
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        shape = (self.kernel_size, self.kernel_size, x.shape[-1], self.features)
+        kernel = self.param("kernel", nn.initializers.he_normal(), shape)
+        return conv(x.astype(self.dtype), kernel.astype(self.dtype))
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation, [B, H, W, F] -> the same, as `nn.BatchNorm` has it, in one multiply-add.
+
+    Flax subtracts the mean first and keeps the difference for the gradient, one more array of the
+    size of x to write and read. Statistics and arithmetic are float32 at least.
+
+    Attributes:
+      axis_name: mapped axis over which the statistics are averaged in training.
+      dtype: of the result.
+    """
+
+    axis_name: str | None = None
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool) -> Array:
+        features = x.shape[-1:]
+        scale = self.param("scale", nn.initializers.ones, features)
+        bias = self.param("bias", nn.initializers.zeros, features)
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, features)
+        running_var = self.variable("batch_stats", "var", jnp.ones, features)
+        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        if train and not self.is_initializing():
+            moments = jnp.stack([jnp.mean(x, (0, 1, 2)), jnp.mean(jnp.square(x), (0, 1, 2))])
+            if self.axis_name is not None:
+                moments = jax.lax.pmean(moments, self.axis_name)
+            mean = moments[0]
+            var = jnp.maximum(moments[1] - jnp.square(mean), 0)
+            keep = BATCH_NORM_MOMENTUM
+            running_mean.value = keep * running_mean.value + (1 - keep) * mean
+            running_var.value = keep * running_var.value + (1 - keep) * var
+        else:
+            mean, var = running_mean.value, running_var.value
+        slope = scale * jax.lax.rsqrt(var + BATCH_NORM_EPSILON)
+        offset = bias - mean * slope
+        slope, offset = (v.reshape(1, 1, 1, -1) for v in (slope, offset))
+        return (x * slope + offset).astype(self.dtype)
 
 
 class ConvBlock(nn.Module):
@@ -86,22 +142,8 @@ class ConvBlock(nn.Module):
         if self.upsample:
             x = UpsampleConv(self.features, dtype=self.dtype)(x)
         else:
-            x = nn.Conv(
-                self.features,
-                (self.kernel_size, self.kernel_size),
-                use_bias=False,
-                kernel_init=nn.initializers.he_normal(),
-                dtype=self.dtype,
-            )(x)
-        x = nn.BatchNorm(
-            use_running_average=not train,
-            momentum=BATCH_NORM_MOMENTUM,
-            epsilon=1e-3,
-            dtype=self.dtype,
-            # During initialisation there is no device axis to average over.
-            axis_name=None if self.is_initializing() else self.axis_name,
-        )(x)
-        return nn.relu(x)
+            x = Conv(self.features, self.kernel_size, dtype=self.dtype)(x)
+        return nn.relu(BatchNorm(self.axis_name, dtype=self.dtype)(x, train=train))
 
 
 class Trunk(nn.Module):
@@ -146,13 +188,7 @@ class SegmentationHead(nn.Module):
     def __call__(self, x: Array, *, train: bool) -> Array:
         for _ in range(2):
             x = ConvBlock(self.features, dtype=self.dtype, axis_name=self.axis_name)(x, train=train)
-        logits = nn.Conv(
-            self.num_classes,
-            (3, 3),
-            use_bias=False,
-            kernel_init=nn.initializers.he_normal(),
-            dtype=self.dtype,
-        )(x)
+        logits = Conv(self.num_classes, dtype=self.dtype)(x)
         return logits.astype(jnp.promote_types(self.dtype, jnp.float32))
 
 

@@ -238,19 +238,40 @@ def test_conv_block_is_convolution_batch_norm_and_relu():
     np.testing.assert_allclose(updated["var"], 0.99 * var + 0.01 * batch_var, atol=1e-6)
 
 
-def test_every_batch_norm_of_the_network_follows_the_method():
-    model, images = models.UNet(**TINY), jnp.asarray(random_images())
-    found = []
+@pytest.mark.parametrize("train", [False, True])
+def test_batch_norm_equals_flax_in_value_statistics_and_gradients(train):
+    rng = np.random.default_rng(0)
+    x = rng.normal(3, 2, (4, 5, 6, 3)).astype(np.float32)
+    upstream = rng.normal(size=x.shape).astype(np.float32)
+    params = {"scale": np.array([0.5, 1, 2], "f"), "bias": np.array([-1, 0, 1], "f")}
+    statistics = {"mean": np.array([3, 1, 0], "f"), "var": np.array([4, 1, 1e-4], "f")}
+    flax_layer = nn.BatchNorm(momentum=0.99, epsilon=1e-3, use_running_average=not train)
+    ours = functools.partial(models.BatchNorm().apply, train=train)
 
-    def record(next_function, arguments, options, context):
-        if isinstance(context.module, nn.BatchNorm) and context.method_name == "__call__":
-            found.append((context.module.momentum, context.module.epsilon))
-        return next_function(*arguments, **options)
+    def results(apply):
+        def value(x, params):
+            variables = {"params": params, "batch_stats": statistics}
+            y, updated = apply(variables, x, mutable=["batch_stats"])
+            return jnp.sum(y * upstream), (y, updated["batch_stats"])
 
-    with nn.intercept_methods(record):
-        jax.eval_shape(functools.partial(model.init, train=False), jax.random.key(0), images)
-    # Two convolutions per level down, two up to the last level, two and one in the heads.
-    assert found == [(0.99, 1e-3)] * (2 * 2 + 2 + 2 + 1)
+        return jax.grad(value, argnums=(0, 1), has_aux=True)(x, params)
+
+    for a, b in zip(*map(jax.tree.leaves, map(results, (ours, flax_layer.apply))), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_batch_norm_averages_over_the_device_axis():
+    x = np.random.default_rng(0).normal(size=(2, 3, 4, 4, 5)).astype(np.float32)
+    variables = models.BatchNorm().init(jax.random.key(0), x[0], train=True)
+    apart = models.BatchNorm(axis_name="devices")
+    apply = functools.partial(apart.apply, variables, train=True, mutable=["batch_stats"])
+    y, updated = jax.vmap(apply, axis_name="devices")(x)
+    whole, expected = models.BatchNorm().apply(
+        variables, x.reshape(6, 4, 4, 5), train=True, mutable=["batch_stats"]
+    )
+    np.testing.assert_allclose(y.reshape(whole.shape), whole, atol=1e-5)
+    for a, b in zip(*map(jax.tree.leaves, (updated, expected)), strict=True):
+        np.testing.assert_allclose(a, np.stack([b, b]), atol=1e-6)
 
 
 def test_prediction_leaves_the_statistics_alone_and_training_changes_all_of_them():
