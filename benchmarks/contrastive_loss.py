@@ -107,14 +107,14 @@ def serve_torch(threads: int) -> None:
     torch.set_num_threads(threads)
     case = {}
 
-    def compute(function, anchors):
-        z = case["z"].detach().requires_grad_()
+    def compute(function, anchors, z):
+        z = z.detach().requires_grad_()
         loss = function(z, case["label"], anchors, num_classes=case["num_classes"])
         loss.backward()
         return loss.item(), z.grad
 
     def prepare(path: str, num_classes: int) -> dict[str, float]:
-        """Returns the relative differences from lclseg's loss and gradient."""
+        """Returns the relative differences of lclseg's loss and gradient from those in float64."""
         arrays = np.load(path)
         z, label = torch.from_numpy(arrays["z"]), torch.from_numpy(arrays["label"])
         case["z"], case["label"] = z.flatten(2, 3), label.flatten(2).to(torch.int64)
@@ -127,7 +127,7 @@ def serve_torch(threads: int) -> None:
         ):
             ours = np.load(f"{path}.{kind}.npz")
             anchors = torch.from_numpy(ours["anchors"]).to(torch.int64) if kind == "3" else None
-            loss, grad = compute(function, anchors)
+            loss, grad = compute(function, anchors, case["z"].double())
             grad, expected = grad.numpy().ravel(), ours["grad"].ravel()
             difference = np.linalg.norm(grad - expected) / np.linalg.norm(expected)
             errors[f"loss, {name}"] = abs(loss - float(ours["loss"])) / abs(float(ours["loss"]))
@@ -145,7 +145,7 @@ def serve_torch(threads: int) -> None:
                 )
             loop = kind == "loop"
             function = torch_peer.contrastive_loss_loop if loop else torch_peer.contrastive_loss
-            compute(function, anchors)
+            compute(function, anchors, case["z"])
 
         return harness.timed(work)
 
@@ -177,7 +177,8 @@ def main() -> None:
             ours.ask("prepare", path=path, num_classes=case["num_classes"])
             errors = theirs.ask("prepare", path=path, num_classes=case["num_classes"])
             for what, error in errors.items():
-                harness.check(what, error, 1e-4)
+                # Of float32 sums over up to 70 000 pixels, against float64.
+                harness.check(what, error, 1e-3)
             peers = {
                 "lclseg, 3 anchors": lambda: ours.ask("run", kind="3"),
                 "PyTorch, 3 anchors": lambda: theirs.ask("run", kind="3"),

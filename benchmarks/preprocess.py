@@ -2,8 +2,9 @@
 
 lclseg's `open_prepared` on synthetic volumes in the Decathlon's layout: read, normalise, resample,
 crop, write a set that training reads at random, native labels included. The peer is the usual
-script: nibabel, percentiles, `skimage.transform.rescale` for each slice, crop or pad, one .npz
-file per volume; once in one process, once in a pool of as many processes as lclseg uses. The grids
+loop: nibabel, percentiles, `skimage.transform.rescale` for each slice, crop or pad; once in the
+place of lclseg's own, one volume after the other, writing the same set; and once as a script of its
+own that writes one uncompressed .npz file per volume, in one process and in one per core. The grids
 of both coincide, so that their slices can be compared; that is done before the timing.
 """
 
@@ -11,9 +12,12 @@ import concurrent.futures
 import functools
 import json
 import multiprocessing
+import os
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 
@@ -45,25 +49,40 @@ def write_volumes(folder: Path, num_volumes: int) -> None:
     (folder / "dataset.json").write_text(json.dumps({"training": listing}))
 
 
-def rescale_volume(names: dict[str, str], *, folder: Path, output: Path, size: int) -> None:
-    """One volume of the peer."""
-    import nibabel as nib
+def rescale_slices(
+    volume: np.ndarray, spacing_mm: Sequence[float], *, image_size: int, order: int
+) -> np.ndarray:
+    """The peer's resampling: [X, Y, S] -> [S, H, W]."""
     from skimage.transform import rescale
 
-    image = nib.load(folder / names["image"])
-    scale = np.array(image.header.get_zooms()[:2]) / TARGET_MM
-    label = np.asarray(nib.load(folder / names["label"]).dataobj)
-    image = image.get_fdata(dtype=np.float32)
+    options = {"order": order, "preserve_range": True, "anti_aliasing": False, "mode": "edge"}
+    scale = np.array(spacing_mm[:2]) / TARGET_MM
+    slices = np.moveaxis(volume, 2, 0)
+    return np.stack([crop_or_pad(rescale(s, scale, **options), image_size) for s in slices])
+
+
+def rescale_image(image: np.ndarray, spacing_mm: Sequence[float], *, image_size: int, **_):
+    """What the peer has for `preprocessing.to_slices`; [S, H, W] float32."""
     low, high = np.percentile(image, (1, 99))
     image = (image - low) / (high - low)
-    images, labels = [], []
-    options = {"preserve_range": True, "anti_aliasing": False, "mode": "edge"}
-    for s in range(image.shape[2]):
-        one = rescale(image[..., s], scale, order=1, **options)
-        images.append(crop_or_pad(one, size).astype(np.float32))
-        one = rescale(label[..., s], scale, order=0, **options)
-        labels.append(crop_or_pad(one, size).astype(np.uint8))
-    np.savez(output / Path(names["image"]).name, image=np.stack(images), label=np.stack(labels))
+    return rescale_slices(image, spacing_mm, image_size=image_size, order=1).astype(np.float32)
+
+
+def rescale_label(label: np.ndarray, spacing_mm: Sequence[float], *, image_size: int, **_):
+    """What the peer has for `volumes.label_to_grid`; [S, H, W] uint8."""
+    return rescale_slices(label, spacing_mm, image_size=image_size, order=0).astype(np.uint8)
+
+
+def rescale_to_file(names: dict[str, str], *, folder: Path, output: Path, size: int) -> None:
+    """The peer as a script of its own."""
+    import nibabel as nib
+
+    file = nib.load(folder / names["image"])
+    spacing_mm = file.header.get_zooms()
+    image = rescale_image(file.get_fdata(dtype=np.float32), spacing_mm, image_size=size)
+    label = np.asarray(nib.load(folder / names["label"]).dataobj)
+    label = rescale_label(label, spacing_mm, image_size=size)
+    np.savez(output / Path(names["image"]).name, image=image, label=label)
 
 
 def crop_or_pad(x: np.ndarray, size: int) -> np.ndarray:
@@ -82,6 +101,7 @@ def crop_or_pad(x: np.ndarray, size: int) -> np.ndarray:
 def serve_ours(folder: Path, size: int) -> None:
     import absl.logging
 
+    from lclseg import preprocessing, volumes
     from lclseg.prepared import open_prepared
 
     absl.logging.set_verbosity(absl.logging.ERROR)  # as in a run: TFDS logs by the page
@@ -102,7 +122,16 @@ def serve_ours(folder: Path, size: int) -> None:
         np.savez(folder / "ours.npz", image=image, label=label)
         return seconds
 
-    harness.serve(run)
+    def run_with_rescale() -> float:
+        """The same set, resampled by the peer, one volume after the other."""
+        with (
+            mock.patch.object(preprocessing, "to_slices", rescale_image),
+            mock.patch.object(volumes, "label_to_grid", rescale_label),
+            mock.patch.object(os, "sched_getaffinity", lambda _: {0}),
+        ):
+            return run()
+
+    harness.serve(run, run_with_rescale)
 
 
 def main() -> None:
@@ -119,23 +148,27 @@ def main() -> None:
         cases = json.loads((folder / "dataset.json").read_text())["training"]
         output = folder / "output"
         output.mkdir()
-        one = functools.partial(rescale_volume, folder=folder, output=output, size=args.size)
+        one = functools.partial(rescale_to_file, folder=folder, output=output, size=args.size)
         arguments = ("--worker", folder, "--size", args.size)
         context = multiprocessing.get_context("spawn")
         with (
             harness.Worker("benchmarks.preprocess", *arguments, cores=args.threads) as ours,
             concurrent.futures.ProcessPoolExecutor(args.threads, context) as pool,
         ):
-            ours.ask("run")
             one(cases[0])
             expected = np.load(output / (Path(cases[0]["image"]).name + ".npz"))
-            found = np.load(folder / "ours.npz")
-            harness.check("image", float(np.abs(found["image"] - expected["image"]).max()), 1e-4)
-            harness.check("label", float(np.mean(found["label"] != expected["label"])), 0.0)
+            for program in ("run", "run_with_rescale"):
+                ours.ask(program)
+                found = np.load(folder / "ours.npz")
+                harness.check(
+                    "image", float(np.abs(found["image"] - expected["image"]).max()), 1e-4
+                )
+                harness.check("label", float(np.mean(found["label"] != expected["label"])), 0.0)
             peers = {
                 "lclseg": lambda: ours.ask("run"),
-                "skimage, 1 process": lambda: harness.timed(lambda: list(map(one, cases))),
-                f"skimage, {args.threads} processes": lambda: harness.timed(
+                "skimage, the same set, 1 process": lambda: ours.ask("run_with_rescale"),
+                "skimage, .npz, 1 process": lambda: harness.timed(lambda: list(map(one, cases))),
+                f"skimage, .npz, {args.threads} processes": lambda: harness.timed(
                     lambda: list(pool.map(one, cases))
                 ),
             }

@@ -349,21 +349,32 @@ def _source_index(num_out, spacing_out, num_in, spacing_in) -> np.ndarray:
     return np.round(millimetres / spacing_in + (num_in - 1) / 2, 6)
 
 
-def linear_matrix(num_out: int, spacing_out: float, num_in: int, spacing_in: float) -> np.ndarray:
-    """[num_out, num_in] float32 weights of linear interpolation along one axis, centres aligned.
+def _linear_index(
+    num_out: int, spacing_out: float, num_in: int, spacing_in: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """(sample before, sample after, share of the one after, whether inside); each [num_out].
 
-    Rows beyond the outermost input samples by up to half a sample repeat the outermost; further
-    out they are zero (padding).
+    Centres are aligned. Up to half a sample beyond the outermost ones is inside and repeats them.
     """
     index = _source_index(num_out, spacing_out, num_in, spacing_in)
     inside = (index >= -0.5) & (index <= num_in - 0.5)
     index = np.clip(index, 0, num_in - 1)
     low = np.minimum(np.floor(index).astype(int), max(num_in - 2, 0))
     high = np.minimum(low + 1, num_in - 1)
+    return low, high, (index - low).astype(np.float32), inside
+
+
+def linear_matrix(num_out: int, spacing_out: float, num_in: int, spacing_in: float) -> np.ndarray:
+    """[num_out, num_in] float32 weights of linear interpolation along one axis, centres aligned.
+
+    Rows beyond the outermost input samples by up to half a sample repeat the outermost; further
+    out they are zero (padding).
+    """
+    low, high, share, inside = _linear_index(num_out, spacing_out, num_in, spacing_in)
     matrix = np.zeros((num_out, num_in), np.float32)
     rows = np.arange(num_out)
-    np.add.at(matrix, (rows, low), 1 - (index - low))
-    np.add.at(matrix, (rows, high), index - low)
+    np.add.at(matrix, (rows, low), 1 - share)
+    np.add.at(matrix, (rows, high), share)
     return matrix * inside[:, None]
 
 
@@ -382,11 +393,19 @@ def image_to_grid(image, spacing_mm, *, image_size: int, target_spacing_mm: floa
       image_size: H = W.
       target_spacing_mm: in-plane spacing of the training grid. Through-plane stays as it is.
     """
-    x, y = image.shape[:2]
-    rows = linear_matrix(image_size, target_spacing_mm, x, spacing_mm[0])
-    columns = linear_matrix(image_size, target_spacing_mm, y, spacing_mm[1])
-    slices = np.moveaxis(np.asarray(image, np.float32), 2, 0)
-    return rows @ slices @ columns.T
+    grid = np.asarray(image, np.float32).T  # [S, Y, X], the order of the file
+    for axis, spacing in ((1, spacing_mm[1]), (2, spacing_mm[0])):
+        # Not by `linear_matrix`: nearly all of it is zero, and volumes are prepared in threads that
+        # those of a matrix product would disturb.
+        low, high, share, inside = _linear_index(
+            image_size, target_spacing_mm, grid.shape[axis], spacing
+        )
+        shape = [1, 1, 1]
+        shape[axis] = image_size
+        share, inside = share.reshape(shape), inside.reshape(shape)
+        before, after = grid.take(low, axis), grid.take(high, axis)
+        grid = (before + (after - before) * share) * inside
+    return grid.swapaxes(1, 2)
 
 
 def label_to_grid(label, spacing_mm, *, image_size: int, target_spacing_mm: float) -> np.ndarray:

@@ -7,11 +7,9 @@ label included, so that training and evaluation need the prepared set only.
 
 import collections
 import concurrent.futures
-import contextlib
 import dataclasses
 import functools
 import json
-import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -210,22 +208,6 @@ def _prepare(
     ]
 
 
-@contextlib.contextmanager
-def _one_thread_per_worker() -> Iterator[None]:
-    """NumPy of processes started in here uses one thread: with a worker a core, more only wait."""
-    names = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
-    before = {name: os.environ.get(name) for name in names}
-    os.environ.update({name: "1" for name in names})
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-
-
 def generate_examples(
     builder: tfds.core.DatasetBuilder,
     cases: Sequence[Case],
@@ -236,7 +218,7 @@ def generate_examples(
     Args:
       builder: gives class names and training grid.
       cases: what to prepare; ids must be unique.
-      load: module-level function, Case -> Volume; runs in worker processes.
+      load: Case -> Volume; runs in several threads at once.
 
     Raises:
       volumes.VolumeError: what `load` raised, a line for each problem of any case; or two cases of
@@ -258,12 +240,8 @@ def generate_examples(
     metadata["volumes"] = []
     key = 0
     workers = min(len(os.sched_getaffinity(0)), len(cases))
-    # Spawned, not forked: the parent may hold JAX's threads.
-    context = multiprocessing.get_context("spawn")
-    with (
-        _one_thread_per_worker(),
-        concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool,
-    ):
+    # Threads are enough: NumPy, zlib and SimpleITK let others run while they compute.
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
         prepared = _in_order(pool, prepare, cases, ahead=4 * workers)
         try:
             for examples in tqdm(prepared, "preparing volumes", len(cases), disable=None):

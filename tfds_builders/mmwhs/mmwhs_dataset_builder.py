@@ -52,7 +52,6 @@ def load(case: slices.Case) -> volumes.Volume:
         )
     if others:
         listed = ", ".join(f"{v:g} ({n} voxels)" for v, n in others.items())
-        # In a worker process, an unconfigured logger writes warnings to stderr.
         logger.warning("%s: unknown label values count as background: %s", path, listed)
     return image._replace(label=label)
 
