@@ -87,9 +87,14 @@ def batch_dice_loss(
     return 1 - jnp.mean((2 * overlap + epsilon) / (total + epsilon))
 
 
+def _inverse_length(vectors: Array) -> Array:
+    """1 / length along the last axis, which becomes 1; finite, gradient too, for a zero vector."""
+    return jax.lax.rsqrt(jnp.sum(vectors**2, axis=-1, keepdims=True) + 1e-24)
+
+
 def _unit(vectors: Array) -> Array:
-    """Vectors of length 1 along the last axis; a zero vector stays zero, with a finite gradient."""
-    return vectors * jax.lax.rsqrt(jnp.sum(vectors**2, axis=-1, keepdims=True) + 1e-24)
+    """Vectors of length 1 along the last axis; a zero vector stays zero."""
+    return vectors * _inverse_length(vectors)
 
 
 def class_means(embeddings: Array, labels: Array, *, num_classes: int) -> tuple[Array, Array]:
@@ -218,17 +223,18 @@ def local_contrastive_loss(
     )
     means, present = means[:, first:], present[:, first:]  # [2, c, E], [2, c]
 
-    # Anchors z [2, A, E] and their weights [2, A, c]: for each class present they sum to 1.
+    # Anchors z [2, A, E] and their weights [2, c, A]: for each class present they sum to 1.
     if anchors is None:
         z = embeddings.reshape(2, -1, embeddings.shape[-1])
-        onehot = jax.nn.one_hot(labels.reshape(2, -1) - first, num_anchored, dtype=z.dtype)
-        weights = onehot / jnp.maximum(jnp.sum(onehot, axis=1, keepdims=True), 1)
+        classes = jnp.arange(first, num_classes)
+        onehot = (labels.reshape(2, 1, -1) == classes[None, :, None]).astype(z.dtype)
+        weights = onehot / jnp.maximum(jnp.sum(onehot, axis=2, keepdims=True), 1)
     else:
         num_pixels = anchors.shape[2]
         z = jax.vmap(lambda e, a: e[a[..., 0], a[..., 1]])(embeddings, anchors)
         z = z.reshape(2, num_anchored * num_pixels, -1)
-        weights = jnp.repeat(jnp.eye(num_anchored, dtype=z.dtype), num_pixels, axis=0) / num_pixels
-        weights = weights[None] * present[:, None, :]
+        weights = jnp.repeat(jnp.eye(num_anchored, dtype=z.dtype), num_pixels, axis=1) / num_pixels
+        weights = weights[None] * present[:, :, None]
 
     # Means that serve as positives and negatives, [M, c, E], and visible to which image [2, M].
     references, references_present = means, present
@@ -242,14 +248,15 @@ def local_contrastive_loss(
     visible = jnp.eye(2, dtype=bool) if matching == "intra" else jnp.ones((2, num_references), bool)
     mask = visible[:, :, None] & references_present[None]  # [2, M, c]
 
-    z, references = _unit(z), _unit(references)
-    similarity = jnp.einsum("nae,mce->namc", z, references) / temperature
+    # Products first, lengths after, and anchors last: of A x E numbers there is z alone, and the
+    # rest is computed many anchors at a time.
+    similarity = jnp.einsum("mce,nae->nmca", _unit(references), z) / temperature
+    similarity *= _inverse_length(z)[:, None, None, :, 0]
     # Finite instead of -inf: with no mean visible at all the gradient must not become NaN.
-    similarity = jnp.where(mask[:, None], similarity, -1e9)
-    log_denominator = jax.nn.logsumexp(similarity, axis=(2, 3))  # [2, A]
-    class_log_denominator = jnp.einsum("nac,na->nc", weights, log_denominator)
-    class_unit_mean = jnp.einsum("nac,nae->nce", weights, z)
-    attraction = jnp.einsum("nce,mce->nmc", class_unit_mean, references) / temperature
+    masked = jnp.where(mask[..., None], similarity, -1e9)
+    log_denominator = jax.nn.logsumexp(masked, axis=(1, 2))  # [2, A]
+    class_log_denominator = jnp.einsum("nca,na->nc", weights, log_denominator)
+    attraction = jnp.sum(weights[:, None] * similarity, axis=-1)  # [2, M, c]
     terms = class_log_denominator[:, None, :] - attraction  # [2, M, c]
     valid = mask & present[:, None, :]
     return jnp.sum(jnp.where(valid, terms, 0)) / jnp.maximum(jnp.sum(valid), 1)
