@@ -4,6 +4,7 @@ import hashlib
 import http.server
 import io
 import json
+import logging
 import tarfile
 import threading
 
@@ -305,7 +306,8 @@ def make_mmwhs(folder):
     write(folder / "ct_train_1001_image.nii.gz", noise(4, raw.shape))
 
 
-def test_mmwhs(tmp_path, capfd):
+def test_mmwhs(tmp_path, caplog):
+    caplog.set_level(logging.WARNING, logger="lclseg")
     make_mmwhs(tmp_path / "manual" / "mr_train")
     prepared = open_prepared(
         "mmwhs",
@@ -334,11 +336,11 @@ def test_mmwhs(tmp_path, capfd):
     assert not blind.has_label
     assert prepared.read_native("mr_train_1020").label is None
 
-    # The workers' report reaches the terminal: one line, for the one volume that has them.
-    lines = [line for line in capfd.readouterr().err.splitlines() if "background" in line]
-    assert len(lines) == 1
-    assert "mr_train_1001_label.nii.gz" in lines[0]
-    assert "7 (1 voxels), 421 (3 voxels)" in lines[0]
+    # Reported for the one volume that has them.
+    messages = [r.getMessage() for r in caplog.records if r.name == "lclseg"]
+    [message] = [m for m in messages if "background" in m]
+    assert "mr_train_1001_label.nii.gz" in message
+    assert "7 (1 voxels), 421 (3 voxels)" in message
 
 
 def test_mmwhs_label_already_mapped(tmp_path):
