@@ -21,7 +21,7 @@ def _convolution(x: Array, kernel: Array) -> Array:
 
 @jax.custom_vjp
 def conv(x: Array, kernel: Array) -> Array:
-    """ "SAME" convolution: [B, H, W, F] and [K, K, F, G], of one dtype -> [B, H, W, G].
+    """Convolution with "SAME" padding: [B, H, W, F] and [K, K, F, G], of one dtype -> [B, H, W, G].
 
     XLA computes a kernel's gradient as a convolution with an image-sized window. On CPUs it copies
     whole batches into another order for it, and at 192 px took a third of the step; there, and only

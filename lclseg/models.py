@@ -76,7 +76,7 @@ class UpsampleConv(nn.Module):
 
 
 class Conv(nn.Module):
-    """ "SAME" convolution without bias."""
+    """Convolution with "SAME" padding, without bias."""
 
     features: int
     kernel_size: int = 3
