@@ -37,20 +37,24 @@ def _forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
 def _backward(saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
     x, kernel = saved
     (d_x,) = jax.linear_transpose(lambda x: _convolution(x, kernel), x)(dy)
-
-    def kernel_gradient(x: Array, dy: Array) -> Array:
-        return jax.linear_transpose(lambda kernel: _convolution(x, kernel), kernel)(dy)[0]
-
+    size = kernel.shape[0]
     d_kernel = jax.lax.platform_dependent(
         x,
         dy,
-        cpu=functools.partial(blocked_kernel_gradient, kernel_size=kernel.shape[0]),
-        default=kernel_gradient,
+        cpu=functools.partial(blocked_kernel_gradient, kernel_size=size),
+        default=functools.partial(kernel_gradient, kernel_size=size),
     )
     return d_x, d_kernel
 
 
 conv.defvjp(_forward, _backward)
+
+
+def kernel_gradient(x: Array, dy: Array, *, kernel_size: int) -> Array:
+    """As `blocked_kernel_gradient`, by XLA's own transpose of the convolution."""
+    shape = (kernel_size, kernel_size, x.shape[-1], dy.shape[-1])
+    kernel = jax.ShapeDtypeStruct(shape, x.dtype)
+    return jax.linear_transpose(lambda kernel: _convolution(x, kernel), kernel)(dy)[0]
 
 
 def blocked_kernel_gradient(x: Array, dy: Array, *, kernel_size: int) -> Array:

@@ -1,4 +1,4 @@
-"""The convolution's CPU gradient against XLA's own, and against sums written out in NumPy."""
+"""The convolution's gradients, for CPUs and others, against sums written out in NumPy and XLA's."""
 
 import itertools
 
@@ -32,6 +32,9 @@ def gradient_by_hand(x, dy, kernel_size):
 
 
 @pytest.mark.parametrize(
+    "gradient", [convolution.blocked_kernel_gradient, convolution.kernel_gradient]
+)
+@pytest.mark.parametrize(
     ("shape", "kernel_size"),
     [
         pytest.param((2, 64, 64), 3, id="blocks of rows"),
@@ -45,11 +48,9 @@ def gradient_by_hand(x, dy, kernel_size):
         pytest.param((2, 64, 64), 1, id="1 x 1"),
     ],
 )
-def test_blocked_kernel_gradient_is_the_sum_over_all_pixels(shape, kernel_size):
+def test_kernel_gradient_is_the_sum_over_all_pixels(gradient, shape, kernel_size):
     x, dy = random(*shape, 3), random(*shape, 2, seed=1)
-    got = jax.jit(convolution.blocked_kernel_gradient, static_argnames="kernel_size")(
-        x, dy, kernel_size=kernel_size
-    )
+    got = jax.jit(gradient, static_argnames="kernel_size")(x, dy, kernel_size=kernel_size)
     np.testing.assert_allclose(got, gradient_by_hand(x, dy, kernel_size), rtol=1e-4, atol=1e-4)
 
 
@@ -78,8 +79,9 @@ def test_blocks_are_for_cpus_only():
 
 
 def test_bfloat16_gradient_is_summed_in_float32():
-    # 4096 equal products: a bfloat16 sum would stop growing at 256.
-    ones = jnp.ones((1, 64, 64, 1), jnp.bfloat16)
-    got = convolution.blocked_kernel_gradient(ones, ones, kernel_size=1)
+    # Seven blocks of rows add 1 to the 256 of the first: in bfloat16 each sum would be 256 again.
+    x = jnp.zeros((1, 64, 64, 1), jnp.bfloat16).at[0, ::8, 0, 0].set(1).at[0, 0, 0, 0].set(256)
+    dy = jnp.ones_like(x)
+    got = convolution.blocked_kernel_gradient(x, dy, kernel_size=1)
     assert got.dtype == jnp.bfloat16
-    assert float(got[0, 0, 0, 0]) == 4096
+    assert float(got[0, 0, 0, 0]) == 264  # 263, as bfloat16 has it

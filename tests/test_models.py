@@ -274,6 +274,22 @@ def test_batch_norm_averages_over_the_device_axis():
         np.testing.assert_allclose(a, np.stack([b, b]), atol=1e-6)
 
 
+def test_every_batch_norm_of_the_network_averages_over_the_devices():
+    model, images = models.UNet(**TINY, axis_name="devices"), jnp.asarray(random_images())
+    found = []
+
+    def record(next_function, arguments, options, context):
+        assert not isinstance(context.module, nn.BatchNorm)
+        if isinstance(context.module, models.BatchNorm) and context.method_name == "__call__":
+            found.append(context.module.axis_name)
+        return next_function(*arguments, **options)
+
+    with nn.intercept_methods(record):
+        jax.eval_shape(functools.partial(model.init, train=False), jax.random.key(0), images)
+    # Two convolutions per level down, two up to the last level, two and one in the heads.
+    assert found == ["devices"] * (2 * 2 + 2 + 2 + 1)
+
+
 def test_prediction_leaves_the_statistics_alone_and_training_changes_all_of_them():
     model, images = models.UNet(**TINY), random_images()
     variables = random_variables(model)
