@@ -13,6 +13,10 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
+# Memory in pages of 2 MB, where Linux leaves that to the program: XLA takes hundreds of MB anew for
+# each step on CPUs, and page by page that is a seventh of the step. Only glibc (2.35 or newer) reads it.
+export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
+
 # Line 1: Python and JAX build of .venv, or "unfinished". Then a line for each set-up it has.
 stamp=.venv/.lclseg-stamp
 log=.venv/.lclseg-set-up.log

@@ -17,6 +17,8 @@ from pathlib import Path
 
 CORES = len(os.sched_getaffinity(0))
 ROOT = Path(__file__).parents[1]
+# As run.sh has it. PyTorch gets it too.
+ENVIRONMENT = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
 
 def parser(doc: str, *, repeats: int = 5) -> argparse.ArgumentParser:
@@ -100,7 +102,7 @@ class Worker:
             stdout=subprocess.PIPE,
             text=True,
             cwd=ROOT,
-            env={**os.environ, **limits, **(env or {})},
+            env={**ENVIRONMENT, **os.environ, **limits, **(env or {})},
             preexec_fn=lambda: os.sched_setaffinity(0, allowed),  # before JAX counts the cores
         )
 

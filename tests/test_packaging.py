@@ -139,6 +139,7 @@ case "$*" in
   "-m venv "*) mkdir -p .venv/bin; for p in python ruff mypy; do cp "$0" .venv/bin/$p; done ;;
 esac
 echo "$*" >>calls
+echo "$GLIBC_TUNABLES" >tunables
 if [[ "$*" == "-m pip"* && -e pip_fails ]]; then echo "no such package"; exit 1; fi
 """
 TRAIN = "-m lclseg.main --config=configs/phantom.py"
@@ -155,7 +156,7 @@ def run_sh(tmp_path):
     python = tmp_path / "stand_in"
     python.write_text(STAND_IN.format(python=sys.executable))
     python.chmod(0o755)
-    clean = {k: v for k, v in os.environ.items() if k != "LCLSEG_JAX"}
+    clean = {k: v for k, v in os.environ.items() if k not in ("LCLSEG_JAX", "GLIBC_TUNABLES")}
 
     def run(*arguments, **environment):
         calls = tmp_path / "calls"
@@ -195,6 +196,13 @@ def test_run_sh_sets_up_once(run_sh):
     assert actions(run_sh("configs/other.py:x", "--workdir=a b")[1]) == [
         "-m lclseg.main --config=configs/other.py:x --workdir=a b"
     ]
+
+
+def test_run_sh_asks_for_huge_pages_unless_told_otherwise(run_sh):
+    run_sh()
+    assert (run_sh.folder / "tunables").read_text() == "glibc.malloc.hugetlb=1\n"
+    run_sh(GLIBC_TUNABLES="glibc.malloc.hugetlb=0")
+    assert (run_sh.folder / "tunables").read_text() == "glibc.malloc.hugetlb=0\n"
 
 
 def test_run_sh_adds_the_test_packages_to_what_is_there(run_sh):
