@@ -206,9 +206,6 @@ def open_builder(
 def preprocessing_of(builder: tfds.core.DatasetBuilder) -> Preprocessing:
     """How the volumes of a builder become slices, whether or not they have done so yet."""
     metadata = builder.info.metadata
-    if "others_are_background" not in metadata:
-        # Prepared before sets stored these. They changed no byte then, so the code's hold.
-        metadata = builder._info().metadata
     config = builder.builder_config
     return Preprocessing(
         class_names=tuple(metadata["class_names"]),

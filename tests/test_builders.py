@@ -271,7 +271,7 @@ def test_acdc_patient_without_images(tmp_path):
 def nothing_prepared(tmp_path):
     """No file, and no folder named as a version, which TFDS would take for a prepared set."""
     found = list((tmp_path / "prepared").rglob("*"))
-    return not [p for p in found if p.is_file() or p.name == "1.0.0" or "incomplete" in p.name]
+    return not [p for p in found if p.is_file() or p.name == "1.1.0" or "incomplete" in p.name]
 
 
 def test_a_misplaced_folder_leaves_nothing_behind(tmp_path):

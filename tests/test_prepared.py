@@ -5,11 +5,13 @@ import sys
 
 import numpy as np
 import pytest
+from array_record.python.array_record_module import ArrayRecordReader
 
 import tfds_builders
 from lclseg import volumes
 from lclseg.prepared import open_builder, open_prepared, preprocessing_of
 from lclseg.volumes import VolumeError
+from tfds_builders import slices
 from tfds_builders.phantom import phantom_dataset_builder as phantom
 from tfds_builders.phantom import synthesis
 
@@ -181,11 +183,21 @@ def test_preprocessing_is_known_before_a_set_is_prepared(tmp_path, name, label_v
     assert (how.image_size, how.target_spacing_mm, how.n4_shrink_factor) == (40, 2.5, 4)
 
 
-def test_preprocessing_of_sets_prepared_by_an_older_version(prepared, tmp_path):
-    """Their metadata have neither label values nor channel."""
-    builder = open_builder("phantom", **GRID, data_dir=str(tmp_path))
-    metadata = {k: v for k, v in builder.info.metadata.items() if k in ("class_names", "volumes")}
-    builder.info.metadata.clear()
-    builder.info.metadata.update(metadata)
-    assert preprocessing_of(builder) == prepared.preprocessing
+def test_preprocessing_of_a_prepared_set(prepared):
     assert prepared.preprocessing == (("RV", "MYO", "LV"), (1, 2, 3), False, 40, 2.5, 0, None, 2)
+
+
+def test_how_records_are_written(tmp_path):
+    """One record a chunk, for reading at random, in Snappy; other formats are TFDS's business."""
+    writer = open_builder("phantom", **GRID, data_dir=str(tmp_path))._example_writer()
+    records = [b"a" * 1_000_000, b"", bytes(range(256))]
+    writer.write(tmp_path / "records", enumerate(records))
+    reader = ArrayRecordReader(str(tmp_path / "records"))
+    assert reader.read_all() == records
+    assert "group_size:1," in reader.writer_options_string()
+    assert "snappy" in reader.writer_options_string()
+    assert (tmp_path / "records").stat().st_size < 200_000
+    tfrecord = phantom.Builder(
+        config=slices.grid_config(**GRID), data_dir=tmp_path, file_format="tfrecord"
+    )
+    assert not isinstance(tfrecord._example_writer(), slices.SliceWriter)

@@ -11,12 +11,13 @@ import dataclasses
 import functools
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
+from array_record.python.array_record_module import ArrayRecordWriter
 from tqdm import tqdm
 
 from lclseg import preprocessing, volumes
@@ -91,17 +92,18 @@ def dataset_info(
       slice_axis: of the files; `generate_examples` gets volumes with slices on the last axis.
     """
     size = builder.builder_config.image_size
-    zlib, raw = tfds.features.Encoding.ZLIB, tfds.features.Encoding.BYTES
     tensor = tfds.features.Tensor
+    # Not compressed one by one: `SliceWriter` does that for the record as a whole.
+    pixels = functools.partial(tensor, encoding=tfds.features.Encoding.BYTES)
     features = {
         "volume_id": tfds.features.Text(),
         "patient_id": tfds.features.Text(),
         "slice_index": np.int32,
         "num_slices": np.int32,
         "has_label": np.bool_,
-        "image": tensor(shape=(size, size), dtype=np.float32, encoding=raw),
-        "label": tensor(shape=(size, size), dtype=np.uint8, encoding=zlib),
-        "native_label": tensor(shape=(None, None), dtype=np.uint8, encoding=zlib),
+        "image": pixels(shape=(size, size), dtype=np.float32),
+        "label": pixels(shape=(size, size), dtype=np.uint8),
+        "native_label": pixels(shape=(None, None), dtype=np.uint8),
         "native_shape": tensor(shape=(3,), dtype=np.int32),
         "spacing_mm": tensor(shape=(3,), dtype=np.float64),
         "affine": tensor(shape=(4, 4), dtype=np.float64),
@@ -123,6 +125,27 @@ def dataset_info(
         disable_shuffling=True,  # slices of a volume stay together and in order
         **kwargs,
     )
+
+
+class SliceWriter(tfds.core.ExampleWriter):
+    """Writes ArrayRecord files of records that are read one by one, compressed with Snappy.
+
+    TFDS's own writer takes Zstandard: a seventh less space, but five to nine times as long to
+    write, and half again as long to read, which training does all the time.
+    """
+
+    def write(self, path: os.PathLike, examples: Iterable[tuple[Any, bytes]]) -> None:
+        writer = ArrayRecordWriter(os.fspath(path), "group_size:1,snappy")
+        for _, record in examples:
+            writer.write(record)
+        writer.close()
+
+
+def example_writer(builder: tfds.core.GeneratorBasedBuilder) -> tfds.core.ExampleWriter:
+    """The builders' `_example_writer`, the method that TFDS has for this."""
+    file_format = builder.info.file_format
+    is_array_record = file_format is tfds.core.FileFormat.ARRAY_RECORD
+    return (SliceWriter if is_array_record else tfds.core.ExampleWriter)(file_format)
 
 
 def msd_cases(folder: Path, *, task: str, way_out: str) -> list[Case]:

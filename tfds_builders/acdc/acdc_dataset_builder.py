@@ -49,13 +49,15 @@ def find_cases(folder: Path) -> list[slices.Case]:
 class Builder(tfds.core.GeneratorBasedBuilder):
     """Slices of the end-diastolic ACDC volumes, from `manual_dir`."""
 
-    VERSION = tfds.core.Version("1.0.0")
-    RELEASE_NOTES = {"1.0.0": "First release."}
+    VERSION = tfds.core.Version("1.1.0")
+    RELEASE_NOTES = {"1.1.0": "Records compressed as a whole.", "1.0.0": "First release."}
     MANUAL_DOWNLOAD_INSTRUCTIONS = (
         "Register at humanheart-project.creatis.insa-lyon.fr (non-commercial research), download "
         "the ACDC training set, unpack it, and give the folder that holds patient001, patient002, "
         "... as --config.data.manual_dir=PATH."
     )
+
+    _example_writer = slices.example_writer
 
     def _info(self) -> tfds.core.DatasetInfo:
         return slices.dataset_info(

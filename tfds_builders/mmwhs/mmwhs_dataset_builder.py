@@ -59,13 +59,15 @@ def load(case: slices.Case) -> volumes.Volume:
 class Builder(tfds.core.GeneratorBasedBuilder):
     """Slices (third axis of the files) of the MM-WHS MR training volumes, from `manual_dir`."""
 
-    VERSION = tfds.core.Version("1.0.0")
-    RELEASE_NOTES = {"1.0.0": "First release."}
+    VERSION = tfds.core.Version("1.1.0")
+    RELEASE_NOTES = {"1.1.0": "Records compressed as a whole.", "1.0.0": "First release."}
     MANUAL_DOWNLOAD_INSTRUCTIONS = (
         "Register at zmiclab.github.io/zxh/0/mmwhs (research only), download the MR training data, "
         "unpack them, and give the folder that holds mr_train_1001_image.nii.gz, "
         "mr_train_1001_label.nii.gz, ... as --config.data.manual_dir=PATH."
     )
+
+    _example_writer = slices.example_writer
 
     def _info(self) -> tfds.core.DatasetInfo:
         return slices.dataset_info(

@@ -75,13 +75,15 @@ def load(case: slices.Case, *, label_values: Sequence[int], slice_axis: int) -> 
 class Builder(tfds.core.GeneratorBasedBuilder):
     """Slices of the volumes in `manual_dir`; made with a `FolderConfig`."""
 
-    VERSION = tfds.core.Version("1.0.0")
-    RELEASE_NOTES = {"1.0.0": "First release."}
+    VERSION = tfds.core.Version("1.1.0")
+    RELEASE_NOTES = {"1.1.0": "Records compressed as a whole.", "1.0.0": "First release."}
     MANUAL_DOWNLOAD_INSTRUCTIONS = (
         "Give the folder that holds images/ and labels/ with equal names, or imagesTr/, labelsTr/ "
         "and dataset.json (nnU-Net, Medical Segmentation Decathlon), as "
         "--config.data.manual_dir=PATH."
     )
+
+    _example_writer = slices.example_writer
 
     def _info(self) -> tfds.core.DatasetInfo:
         config = self.builder_config

@@ -27,8 +27,10 @@ def find_cases(num_volumes: int = NUM_VOLUMES) -> list[slices.Case]:
 class Builder(tfds.core.GeneratorBasedBuilder):
     """Slices of SYNTHETIC cardiac volumes; no patient was scanned, nothing is downloaded."""
 
-    VERSION = tfds.core.Version("1.0.0")
-    RELEASE_NOTES = {"1.0.0": "First release."}
+    VERSION = tfds.core.Version("1.1.0")
+    RELEASE_NOTES = {"1.1.0": "Records compressed as a whole.", "1.0.0": "First release."}
+
+    _example_writer = slices.example_writer
 
     def _info(self) -> tfds.core.DatasetInfo:
         return slices.dataset_info(

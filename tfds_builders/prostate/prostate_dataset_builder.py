@@ -33,8 +33,10 @@ class Builder(tfds.core.GeneratorBasedBuilder):
     grid needs no second download.
     """
 
-    VERSION = tfds.core.Version("1.0.0")
-    RELEASE_NOTES = {"1.0.0": "First release."}
+    VERSION = tfds.core.Version("1.1.0")
+    RELEASE_NOTES = {"1.1.0": "Records compressed as a whole.", "1.0.0": "First release."}
+
+    _example_writer = slices.example_writer
 
     def _info(self) -> tfds.core.DatasetInfo:
         return slices.dataset_info(
