@@ -130,8 +130,8 @@ def dataset_info(
 class SliceWriter(tfds.core.ExampleWriter):
     """Writes ArrayRecord files of records that are read one by one, compressed with Snappy.
 
-    TFDS's own writer takes Zstandard: a seventh less space, but five to nine times as long to
-    write, and half again as long to read, which training does all the time.
+    TFDS's own writer takes Zstandard: a seventh less space, but seven to nine times as long to
+    write, and up to half again as long to read.
     """
 
     def write(self, path: os.PathLike, examples: Iterable[tuple[Any, bytes]]) -> None:
