@@ -1,4 +1,4 @@
-"""ACDC at 96 x 96 with a short schedule, 400 + 3 x 100 steps: a quarter of an hour on two CPU cores.
+"""ACDC at 96 x 96 with a short schedule, 400 + 3 x 100 steps: some 15 minutes on two CPU cores.
 
   python -m lclseg.main --config=configs/acdc_short.py --config.data.manual_dir=ACDC/training
 
