@@ -1,6 +1,8 @@
 """MSD Task04 hippocampus (anterior, posterior), by default 2 labelled volumes, 64 x 64 at 1 mm.
 
-A small set and a short schedule: the real data that two CPU cores can afford, in about 10 minutes.
+A small set and a short schedule: the real data that two CPU cores can afford, in some 5 minutes.
+Of the rows of ablations/hippocampus.py this is the one with the highest validation Dice: the
+contrastive loss on every pixel, the CRF, no self-training.
 
   python -m lclseg.main --config=configs/hippocampus.py --config.data.manual_dir=Task04_Hippocampus
 
@@ -88,15 +90,18 @@ def get_config() -> ConfigDict:
         }
         for c, validation in ALL.items()
     }
-    # Off: no setting raised validation Dice. With the paper's sigma of 10 px nothing would be left.
-    config.crf.num_steps = 0
+    data.view_min_classes = 1
+    data.labeled_batch_size = 8
+    data.pairs.update(labeled_self=0, pseudo_self=0, labeled_pseudo=2, pseudo_pseudo=2)
+    config.loss.pixels_per_class = 0  # every pixel
+    # Of pixels the size of its structures: the paper's sigma of 10 would leave nothing of them.
     config.crf.spatial_sigma = 1.0
     config.crf.spatial_weight = 10.0
-    data.labeled_batch_size = 12
-    data.pairs.update(labeled_self=1, pseudo_self=1, labeled_pseudo=2, pseudo_pseudo=2)
+    # Three times the paper's: a short schedule has to level off.
+    config.optimizer.learning_rate = 3e-3
     config.optimizer.ema_decay = 0.98
-    config.rounds.baseline_steps = 600
-    config.rounds.steps_per_round = 200
+    config.rounds.baseline_steps = 400
+    config.rounds.steps_per_round = 100
     config.rounds.calibration_batches = 10
     config.rounds.fresh_heads = False  # too few steps to learn a head anew
     return config
