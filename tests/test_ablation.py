@@ -181,3 +181,15 @@ def test_sweeps_of_the_repository(path):
         steps.add(rounds.baseline_steps + rounds.num_rounds * rounds.steps_per_round)
         runpy.run_path(str(path.parent / runpy.run_path(str(path))["CONFIG"]))
     assert len(steps) == 1
+
+
+@pytest.mark.parametrize("name", ["acdc", "hippocampus"])
+def test_tables_of_the_repository_are_made_from_its_runs(name):
+    """The runs are those of the sweep as it is, and README.md shows their means."""
+    sweep = ablation.load_sweep(ROOT / "configs" / "ablations" / f"{name}.py")
+    folder = ROOT / "results" / name
+    results = ablation.read_results(folder, sweep)
+    assert len(results) == len(list(folder.glob("*/*.json"))) > 0
+    table = ablation.markdown(sweep, results)
+    assert (folder / "README.md").read_text() == table + "\n"
+    assert table.partition("\n\n")[0] in (ROOT / "README.md").read_text()
