@@ -202,8 +202,8 @@ def test_label_values_become_consecutive_classes(tmp_path, dtype):
     assert counts[1:].tolist() == [(raw == 205).sum(), (raw == 500).sum()]
 
 
-def test_label_values_of_sets_prepared_before_they_were_stored(tmp_path):
-    """The builder's code tells them; MM-WHS has values of its own."""
+def test_label_values_are_stored_with_the_set(tmp_path):
+    """MM-WHS has values of its own."""
     shape = (20, 20, 2)
     label = np.zeros(shape, np.int16)
     label[5:15, 5:15] = 420
@@ -213,15 +213,8 @@ def test_label_values_of_sets_prepared_before_they_were_stored(tmp_path):
     values = mmwhs.RAW_VALUES
     prepared = open_prepared("mmwhs", manual_dir=str(tmp_path / "mr"), **grid)
     assert prepared.preprocessing.label_values == values
-    (path,) = (tmp_path / "prepared").rglob("metadata.json")
-    metadata = json.loads(path.read_text())
-    assert metadata.pop("label_values") == list(values)
-    assert metadata.pop("others_are_background")
-    assert metadata.pop("slice_axis") == 2
-    path.write_text(json.dumps(metadata))
-    old = open_prepared("mmwhs", manual_dir="", **grid)
-    assert (old.preprocessing.label_values, old.slice_axis) == (values, 2)
-    assert old.preprocessing.others_are_background
+    again = open_prepared("mmwhs", manual_dir="", **grid).preprocessing
+    assert (again.label_values, again.others_are_background, again.slice_axis) == (values, True, 2)
 
 
 def test_chosen_label_values(tmp_path):
