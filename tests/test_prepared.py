@@ -1,7 +1,9 @@
 """Opening a prepared set and reading from it; the phantom, two volumes of it, is the set."""
 
 import dataclasses
+import importlib
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -201,3 +203,12 @@ def test_how_records_are_written(tmp_path):
         config=slices.grid_config(**GRID), data_dir=tmp_path, file_format="tfrecord"
     )
     assert not isinstance(tfrecord._example_writer(), slices.SliceWriter)
+
+
+BUILDERS = sorted(p.parent.name for p in Path(tfds_builders.__path__[0]).glob("*/*_builder.py"))
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_every_builder_writes_its_records_so(name):
+    module = importlib.import_module(f"tfds_builders.{name}.{name}_dataset_builder")
+    assert module.Builder._example_writer is slices.example_writer
