@@ -14,7 +14,8 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
 # Memory in pages of 2 MB, where Linux leaves that to the program: XLA takes hundreds of MB anew for
-# each step on CPUs, and page by page that is a seventh of the step. Only glibc (2.35 or newer) reads it.
+# each step on CPUs, and in pages of 4 kB the step is a tenth longer (benchmarks/README.md). Only
+# glibc reads it, 2.35 or newer.
 export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
 
 # Line 1: Python and JAX build of .venv, or "unfinished". Then a line for each set-up it has.
