@@ -26,8 +26,7 @@ def consume(batches: Iterable) -> None:
 
 
 def serve_ours(folder: Path, size: int, num_volumes: int) -> None:
-    from lclseg import input_pipeline
-    from lclseg.run import set_up_process
+    from lclseg.run.setup import set_up_process
 
     config = phantom_run.config(folder, size=size, num_volumes=num_volumes, num_cpu_devices=1)
     set_up_process(config)
@@ -41,10 +40,10 @@ def serve_ours(folder: Path, size: int, num_volumes: int) -> None:
     def direct(batches: int) -> float:
         return harness.timed(lambda: consume(map(make_batch[0], range(batches))))
 
-    def ahead(batches: int) -> float:
+    def ahead(num_batches: int) -> float:
         # Other batches than `direct`: which slices they hold must not be known to any cache.
-        numbers = batches, 2 * batches
-        return harness.timed(lambda: consume(input_pipeline.read_ahead(make_batch[0], *numbers)))
+        numbers = num_batches, 2 * num_batches
+        return harness.timed(lambda: consume(batches.read_ahead(make_batch[0], *numbers)))
 
     def memory() -> dict[str, float]:
         return resident_mb()

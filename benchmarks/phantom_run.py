@@ -44,7 +44,7 @@ def start(config: ConfigDict, workdir: Path, *, num_volumes: int):
     """(run, make_batch): `start_run`, and a function step -> sharded joint batch."""
     from lclseg import train
     from lclseg.pseudo_labels import PseudoLabels
-    from lclseg.run import start_run
+    from lclseg.run.setup import start_run
 
     set_num_volumes(num_volumes)
     run = start_run(config, workdir)

@@ -101,8 +101,8 @@ def crop_or_pad(x: np.ndarray, size: int) -> np.ndarray:
 def serve_ours(folder: Path, size: int) -> None:
     import absl.logging
 
-    from lclseg import preprocessing, volumes
-    from lclseg.prepared import open_prepared
+    from lclseg.data import grid, preprocess
+    from lclseg.data.dataset import open_prepared
 
     absl.logging.set_verbosity(absl.logging.ERROR)  # as in a run: TFDS logs by the page
     opened = {}
@@ -125,8 +125,8 @@ def serve_ours(folder: Path, size: int) -> None:
     def run_with_rescale() -> float:
         """The same set, resampled by the peer, one volume after the other."""
         with (
-            mock.patch.object(preprocessing, "to_slices", rescale_image),
-            mock.patch.object(volumes, "label_to_grid", rescale_label),
+            mock.patch.object(preprocess, "to_slices", rescale_image),
+            mock.patch.object(grid, "label_to_grid", rescale_label),
             mock.patch.object(os, "sched_getaffinity", lambda _: {0}),
         ):
             return run()

@@ -26,7 +26,7 @@ def serve_ours(folder: Path, size: int, threads: int, started: float) -> None:
     import jax
 
     from lclseg import train
-    from lclseg.run import set_up_process
+    from lclseg.run.setup import set_up_process
 
     imported = time.time() - started
     config = phantom_run.config(folder, size=size, num_volumes=NUM_VOLUMES, num_cpu_devices=threads)

@@ -50,8 +50,9 @@ def serve_ours(folder: Path, size: int, threads: int, process: tuple[int, int, i
     import jax.numpy as jnp
     import optax
 
-    from lclseg import augment, parallel, steps
-    from lclseg.run import initial_state, set_up_process
+    from lclseg import augment, steps
+    from lclseg.run import devices
+    from lclseg.run.setup import initial_state, set_up_process
 
     config = phantom_run.config(
         folder, size=size, num_volumes=NUM_VOLUMES, num_cpu_devices=1 if process else threads
@@ -66,7 +67,7 @@ def serve_ours(folder: Path, size: int, threads: int, process: tuple[int, int, i
         run, make_batch = phantom_run.start(config, workdir, num_volumes=NUM_VOLUMES)
     batch = make_batch(0)
     state = initial_state(run, 0)
-    current = {"state": parallel.replicate(state)}
+    current = {"state": devices.replicate(state)}
     augment_options = steps.AugmentOptions(**config.augment)
 
     def step(num_steps: int) -> float:
@@ -104,11 +105,11 @@ def serve_ours(folder: Path, size: int, threads: int, process: tuple[int, int, i
             loss_options=options,
             augment_options=augment_options,
             ema_decay=0.0,
-            axis_name=parallel.AXIS,
+            axis_name=devices.AXIS,
         )
         with mock.patch.object(steps, "augment_batch", lambda key, batch, options, axis: batch):
-            start = parallel.replicate(state.replace(opt_state=optimizer.init(state.params)))
-            after, metrics = jax.pmap(plain, axis_name=parallel.AXIS, in_axes=(0, 0, None))(
+            start = devices.replicate(state.replace(opt_state=optimizer.init(state.params)))
+            after, metrics = jax.pmap(plain, axis_name=devices.AXIS, in_axes=(0, 0, None))(
                 start, batch, run.key
             )
         after = flax.traverse_util.flatten_dict(after.params, sep="/")
@@ -139,8 +140,8 @@ def serve_ours(folder: Path, size: int, threads: int, process: tuple[int, int, i
     def parts(repeats: int) -> dict[str, float]:
         """Median seconds of augmentation, contrastive loss, host work."""
         augmented = jax.pmap(
-            lambda batch, key: steps.augment_batch(key, batch, augment_options, parallel.AXIS),
-            axis_name=parallel.AXIS,
+            lambda batch, key: steps.augment_batch(key, batch, augment_options, devices.AXIS),
+            axis_name=devices.AXIS,
             in_axes=(0, None),
         )
         labels = batch["pair_label"].reshape(-1, *batch["pair_label"].shape[2:])

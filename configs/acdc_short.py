@@ -2,7 +2,7 @@
 
   python -m lclseg.main --config=configs/acdc_short.py --config.data.manual_dir=ACDC/training
 
-Patients are those of acdc.py. Of the rows of ablations/acdc.py this is the one with the highest
+Patients are those of acdc.py. Of the rows of sweeps/acdc.py this is the one with the highest
 validation Dice: self-training and the contrastive loss on every pixel.
 """
 

@@ -6,8 +6,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lclseg import metrics, volumes
-from lclseg.prepared import PreparedSet
+from lclseg import metrics
+from lclseg.data import grid, nifti
+from lclseg.data.dataset import PreparedSet
 
 # Maps slices [M, H, W] to class probabilities [M, H, W, C], for any M.
 Predict = Callable[[np.ndarray], np.ndarray]
@@ -64,7 +65,7 @@ def predict_images(
 def to_native_label(prepared: PreparedSet, volume_id: str, probs: np.ndarray) -> np.ndarray:
     """Probabilities [S, H, W, C] -> native label [X, Y, S] uint8."""
     native = prepared.read_native(volume_id)
-    return volumes.probs_to_native_label(
+    return grid.probs_to_native_label(
         probs, native.spacing_mm, native.shape[:2], target_spacing_mm=prepared.target_spacing_mm
     )
 
@@ -102,7 +103,7 @@ def evaluate(
         label = to_native_label(prepared, prediction.volume_id, prediction.probs)
         if save_to is not None:
             path = save_to / f"{prediction.volume_id}.nii.gz"
-            volumes.write_label(
+            nifti.write_label(
                 path, label, native.affine, native.spacing_mm, slice_axis=prepared.slice_axis
             )
         records[prediction.volume_id] = metrics.volume_metrics(

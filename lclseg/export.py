@@ -19,11 +19,15 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.lib import format as npy
 
-from lclseg import parallel, preprocessing, run_files, tables, trained
-from lclseg.configuration import CHOICES
-from lclseg.preprocessing import Preprocessing, is_whole
-from lclseg.run import USER_ERRORS
-from lclseg.trained import ModelError, TrainedModel
+from lclseg import model_files
+from lclseg.data import preprocess
+from lclseg.data.preprocess import Preprocessing, is_whole
+from lclseg.model_files import ModelError, TrainedModel
+from lclseg.page import tables
+from lclseg.run import devices
+from lclseg.run.config_checks import CHOICES
+from lclseg.run.setup import USER_ERRORS
+from lclseg.run.workdir import write_json
 
 MODEL_FILE, PARAMETERS_FILE, CARD_FILE = "model.json", "parameters.npz", "README.md"
 FORMAT = "lclseg model"
@@ -82,12 +86,12 @@ def write_model(model: TrainedModel, folder: Path) -> None:
     content = {
         "format": FORMAT,
         "version": VERSION,
-        "preprocessing": preprocessing.to_json(model.preprocessing),
+        "preprocessing": preprocess.to_json(model.preprocessing),
         "architecture": model.architecture,
         "batch_size": model.batch_size,
         "facts": model.facts,
     }
-    run_files.write_json(folder / MODEL_FILE, content)
+    write_json(folder / MODEL_FILE, content)
 
 
 def read_model(folder: Path) -> TrainedModel:
@@ -108,13 +112,13 @@ def read_model(folder: Path) -> TrainedModel:
     try:
         if isinstance(content, dict):  # first, since a later version may have other keys
             first = {k: WANTED[k] for k in ("format", "version")}
-            preprocessing.check_values(
+            preprocess.check_values(
                 {k: v for k, v in content.items() if k in first}, first, str(path)
             )
-        preprocessing.check_values(content, WANTED, str(path))
-        how = preprocessing.from_json(content["preprocessing"], f"{path}, preprocessing")
+        preprocess.check_values(content, WANTED, str(path))
+        how = preprocess.from_json(content["preprocessing"], f"{path}, preprocessing")
         architecture = content["architecture"]
-        preprocessing.check_values(architecture, WANTED_ARCHITECTURE, f"{path}, architecture")
+        preprocess.check_values(architecture, WANTED_ARCHITECTURE, f"{path}, architecture")
     except ValueError as error:
         raise ModelError(str(error)) from error
     multiple = 2 ** (len(architecture["filters"]) - 1)
@@ -130,14 +134,14 @@ def read_model(folder: Path) -> TrainedModel:
         preprocessing=how,
         architecture=architecture,
         batch_size=content["batch_size"],
-        state=trained.inference_state(tree["params"], tree["batch_stats"]),
+        state=model_files.inference_state(tree["params"], tree["batch_stats"]),
         facts=content["facts"],
     )
 
 
 def _wanted_leaves(how: Preprocessing, architecture: dict) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes and types of all parameters and statistics by name; nothing is computed."""
-    unet = trained.unet(how, architecture)
+    unet = model_files.unet(how, architecture)
     slices = jax.ShapeDtypeStruct((1, how.image_size, how.image_size), jnp.float32)
     init = functools.partial(unet.init, train=False)
     return flax.traverse_util.flatten_dict(jax.eval_shape(init, jax.random.key(0), slices), sep="/")
@@ -287,13 +291,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--workdir", type=Path, required=True, help="of the run")
     parser.add_argument("--output", type=Path, required=True, help="folder that does not exist yet")
     options = parser.parse_args(argv)
-    parallel.set_up_jax(1)
+    devices.set_up_jax(1)
     output = options.output.expanduser()
     workdir = options.workdir.expanduser().absolute()
     try:
         if (workdir / MODEL_FILE).exists():
             raise ModelError(f"{workdir} is an exported model already; copy the folder")
-        model = trained.load_run(workdir)
+        model = model_files.load_run(workdir)
         write_model(model, output)
     except (*USER_ERRORS, ModelError, OSError) as error:
         sys.exit(f"lclseg: {error}")

@@ -21,7 +21,8 @@ _PREPARE_ONLY = flags.DEFINE_bool(
 
 def main(argv):
     # Imported here: the processes that prepare volumes import this module, but need no JAX.
-    from lclseg import interruption, processes, report, run, train
+    from lclseg import report, train
+    from lclseg.run import multihost, setup, stopping
 
     if len(argv) > 1:
         raise app.UsageError(f"unknown argument {argv[1]!r}; options look like --config.seed=1")
@@ -31,25 +32,25 @@ def main(argv):
     if "://" in (_WORKDIR.value or ""):
         sys.exit(f"lclseg: --workdir is {_WORKDIR.value}; wanted a folder: mount the storage first")
     workdir = Path(_WORKDIR.value or default).expanduser().absolute()
-    with processes.ending_together():
+    with multihost.ending_together():
         try:
-            run.set_up_process(config)
+            setup.set_up_process(config)
             if _PREPARE_ONLY.value:
-                print(run.prepare(config))
+                print(setup.prepare(config))
                 return
             with (
-                interruption.stop_on_signals() as stop_asked,
-                processes.own_workdir(workdir) as folder,
+                stopping.stop_on_signals() as stop_asked,
+                multihost.own_workdir(workdir) as folder,
             ):
                 results = train.train_and_evaluate(config, folder, stop_asked)
-        except interruption.Interrupted as stop:
+        except stopping.Interrupted as stop:
             print(f"lclseg: {stop}; the same command goes on from there")
             return
-        except run.USER_ERRORS as error:
+        except setup.USER_ERRORS as error:
             sys.exit(f"lclseg: {error}")
         except OSError as error:
-            processes.end(f"lclseg: {interruption.disk_message(error, workdir)}")
-    if processes.is_first():
+            multihost.end(f"lclseg: {stopping.disk_message(error, workdir)}")
+    if multihost.is_first():
         print(f"\n{report.table(results)}\n\n{workdir}/report.html")
 
 

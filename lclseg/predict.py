@@ -16,22 +16,16 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from lclseg import (
-    evaluation,
-    export,
-    metrics,
-    parallel,
-    preprocessing,
-    run_files,
-    tables,
-    trained,
-    volumes,
-)
-from lclseg.nifti_folder import SUFFIXES, Files, is_label, niftis, stem
-from lclseg.preprocessing import Preprocessing
-from lclseg.run import USER_ERRORS as RUN_ERRORS
-from lclseg.trained import ModelError, TrainedModel
-from lclseg.volumes import VolumeError
+from lclseg import evaluation, export, metrics, model_files
+from lclseg.data import grid, nifti, preprocess
+from lclseg.data.layouts import SUFFIXES, Files, is_label, niftis, stem
+from lclseg.data.nifti import VolumeError
+from lclseg.data.preprocess import Preprocessing
+from lclseg.model_files import ModelError, TrainedModel
+from lclseg.page import tables
+from lclseg.run import devices
+from lclseg.run.setup import USER_ERRORS as RUN_ERRORS
+from lclseg.run.workdir import write_json
 
 USER_ERRORS = (*RUN_ERRORS, ModelError, OSError)
 # Where a label of NAME may be: the ways of ACDC, nnU-Net and MM-WHS among them.
@@ -149,7 +143,7 @@ def load_models(folders: Sequence[Path]) -> list[TrainedModel]:
       ModelError: one cannot be loaded, or what differs between them.
     """
     models = [
-        export.read_model(f) if (f / export.MODEL_FILE).exists() else trained.load_run(f)
+        export.read_model(f) if (f / export.MODEL_FILE).exists() else model_files.load_run(f)
         for f in folders
     ]
     first = models[0]
@@ -171,8 +165,8 @@ def load_models(folders: Sequence[Path]) -> list[TrainedModel]:
 def mean_predictor(models: Sequence[TrainedModel]) -> evaluation.Predict:
     """Maps slices [M, H, W] to the mean of the models' probabilities [M, H, W, C]."""
     predictors = [
-        parallel.batched_predictor(
-            parallel.compiled_predict(trained.unet(m.preprocessing, m.architecture)),
+        devices.batched_predictor(
+            devices.compiled_predict(model_files.unet(m.preprocessing, m.architecture)),
             m.state,
             batch_size=m.batch_size,
         )
@@ -188,13 +182,13 @@ def mean_predictor(models: Sequence[TrainedModel]) -> evaluation.Predict:
     return predict
 
 
-def read_case(case: Files, how: Preprocessing) -> tuple[volumes.Volume, np.ndarray | None]:
+def read_case(case: Files, how: Preprocessing) -> tuple[nifti.Volume, np.ndarray | None]:
     """Image, slices last, and, where the case has a label, its classes [X, Y, S] uint8.
 
     Raises:
       VolumeError: whatever keeps the case from being predicted or compared.
     """
-    header = volumes.read_header(case.image)
+    header = nifti.read_header(case.image)
     unit = int(header["xyzt_units"]) % 8
     if unit in (1, 3):
         raise VolumeError(
@@ -203,10 +197,10 @@ def read_case(case: Files, how: Preprocessing) -> tuple[volumes.Volume, np.ndarr
         )
     # The published 4-D files, or one channel of them.
     four_dimensional = len(header.get_data_shape()) == 4
-    image = volumes.read_image(case.image, channel=how.channel if four_dimensional else None)
+    image = nifti.read_image(case.image, channel=how.channel if four_dimensional else None)
     if case.label is not None:
-        raw = volumes.read_raw_label(case.label, image, case.image)
-        classes, others = volumes.map_label_values(raw, how.label_values)
+        raw = nifti.read_raw_label(case.label, image, case.image)
+        classes, others = nifti.map_label_values(raw, how.label_values)
         # Only others: labels of another data set, or classes in place of its values.
         if others and not (how.others_are_background and classes.any()):
             raise VolumeError(
@@ -214,7 +208,7 @@ def read_case(case: Files, how: Preprocessing) -> tuple[volumes.Volume, np.ndarr
                 f"and the classes' {', '.join(map(str, how.label_values))}"
             )
         image = image._replace(label=classes)
-    image = volumes.slices_last(image, how.slice_axis)
+    image = nifti.slices_last(image, how.slice_axis)
     return image, image.label
 
 
@@ -259,7 +253,7 @@ def segment(
         for case in cases:
             image, truth = read_case(case, how)
             native[case.case_id] = image.image.shape, image.spacing_mm, truth
-            slices = preprocessing.to_slices(
+            slices = preprocess.to_slices(
                 image.image,
                 image.spacing_mm,
                 image_size=how.image_size,
@@ -272,13 +266,13 @@ def segment(
     for case_id, _, probs in tqdm(predictions, "segmenting", len(cases), disable=None, leave=False):
         shape, spacing_mm, truth = native.pop(case_id)
         back: dict[str, Any] = {"shape": shape[:2], "target_spacing_mm": how.target_spacing_mm}
-        label = volumes.probs_to_native_label(probs, spacing_mm, **back)
+        label = grid.probs_to_native_label(probs, spacing_mm, **back)
         if outputs.probabilities:
-            native_probs = volumes.probs_to_native(probs, spacing_mm, **back)
-            filed = volumes.as_filed(native_probs, how.slice_axis)
-            volumes.write_like(outputs.probabilities[case_id], filed, image_of[case_id])
-        filed = volumes.as_filed(values[label], how.slice_axis)
-        volumes.write_like(outputs.labels[case_id], filed, image_of[case_id])
+            native_probs = grid.probs_to_native(probs, spacing_mm, **back)
+            filed = nifti.as_filed(native_probs, how.slice_axis)
+            nifti.write_like(outputs.probabilities[case_id], filed, image_of[case_id])
+        filed = nifti.as_filed(values[label], how.slice_axis)
+        nifti.write_like(outputs.labels[case_id], filed, image_of[case_id])
         if truth is not None:
             records[case_id] = metrics.volume_metrics(
                 label, truth, spacing_mm, class_names=how.class_names
@@ -334,7 +328,7 @@ def predict_files(
         | {k: m.facts[k] for k in ("dataset", "stage", "step", "validation_dice")}
         for m in models
     ]
-    run_files.write_json(outputs.metrics, {"models": described, **summary})
+    write_json(outputs.metrics, {"models": described, **summary})
     return summary
 
 
@@ -348,7 +342,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--probabilities", action="store_true", help="write NAME_probabilities.nii.gz, too")
     add("--labels", type=Path, help="folder of labels: Dice, HD95 and ASSD are computed")
     options = parser.parse_args(argv)
-    parallel.set_up_jax(len(os.sched_getaffinity(0)))
+    devices.set_up_jax(len(os.sched_getaffinity(0)))
     try:
         summary = predict_files(
             [p.expanduser().absolute() for p in options.workdir],

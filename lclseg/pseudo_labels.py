@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from lclseg import evaluation, metrics, volumes
-from lclseg.prepared import PreparedSet
+from lclseg import evaluation, metrics
+from lclseg.data import nifti
+from lclseg.data.dataset import PreparedSet
 
 logger = logging.getLogger("lclseg")
 # A class is suspicious if the pool's volumes show it so many times more, or less, of it than the
@@ -138,7 +139,7 @@ def make_pseudo_labels(
         native = prepared.read_native(volume_id)
         native_label = evaluation.to_native_label(prepared, volume_id, probs)
         path = folder / f"{volume_id}.nii.gz"
-        volumes.write_label(
+        nifti.write_label(
             path, native_label, native.affine, native.spacing_mm, slice_axis=prepared.slice_axis
         )
         if native.label is not None:  # hidden from training; tells how good the pseudo-labels are

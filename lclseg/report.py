@@ -13,10 +13,10 @@ from pathlib import Path
 
 import absl.logging
 
-from lclseg import tables
+from lclseg.data.dataset import PreparedSet
+from lclseg.page import tables
 from lclseg.page.recorded import RunError, find_prepared, names_of, read_run
-from lclseg.prepared import PreparedSet
-from lclseg.run_files import write_text
+from lclseg.run.workdir import write_text
 
 logger = logging.getLogger("lclseg")
 

@@ -20,24 +20,22 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from lclseg import (
-    checkpoint,
-    consistency,
-    evaluation,
-    input_pipeline,
-    parallel,
-    processes,
-    proposal,
-    report,
-    run_files,
-    steps,
-    tensorboard,
-)
-from lclseg.configuration import ConfigError
+from lclseg import evaluation, quality_gate, report, steps
 from lclseg.crf import dense_crf
-from lclseg.interruption import Interrupted
+from lclseg.data import batches, own_data
 from lclseg.pseudo_labels import PseudoLabels, load_pseudo_labels, make_pseudo_labels
-from lclseg.run import Run, evaluate_state, initial_state, predictor, start_run, take_over_baseline
+from lclseg.run import checkpoint, devices, multihost, tensorboard
+from lclseg.run.config_checks import ConfigError
+from lclseg.run.setup import (
+    Run,
+    evaluate_state,
+    initial_state,
+    predictor,
+    start_run,
+    take_over_baseline,
+)
+from lclseg.run.stopping import Interrupted
+from lclseg.run.workdir import forget_lines, new_results, read_json, write_json
 
 ZEROS_TO_WARN = 5  # validations in a row
 OVERLAYS = 2  # validation volumes shown in TensorBoard
@@ -52,47 +50,43 @@ class Best(NamedTuple):
     stage: str
 
 
-def batch_drawer(
-    run: Run, pseudo_labels: PseudoLabels | None
-) -> Callable[[int], input_pipeline.Draw]:
+def batch_drawer(run: Run, pseudo_labels: PseudoLabels | None) -> Callable[[int], batches.Draw]:
     """step -> which slices: labelled ones, and in the joint stage (with pseudo-labels) pairs."""
     data, seed = run.config.data, run.config.seed
-    labeled = input_pipeline.ground_truth_pool(run.prepared, run.split.labeled)
-    labeled_records = input_pipeline.select_slices(
+    labeled = batches.ground_truth_pool(run.prepared, run.split.labeled)
+    labeled_records = batches.select_slices(
         labeled, min_classes=data.min_classes, at_least=1, role="labelled batch"
     )
     if pseudo_labels is not None:
-        composition = input_pipeline.PairComposition(**data.pairs)
+        composition = batches.PairComposition(**data.pairs)
         view_classes = data.view_min_classes or run.prepared.num_classes
-        labeled_views = input_pipeline.select_slices(
+        labeled_views = batches.select_slices(
             labeled, min_classes=view_classes, at_least=1, role="labelled views"
         )
-        pseudo_views = input_pipeline.select_slices(
-            input_pipeline.Pool(pseudo_labels.records, pseudo_labels.class_pixels),
+        pseudo_views = batches.select_slices(
+            batches.Pool(pseudo_labels.records, pseudo_labels.class_pixels),
             min_classes=view_classes,
             at_least=2,
             role="pseudo-labelled views",
         )
 
-    def draw(step: int) -> input_pipeline.Draw:
-        records = input_pipeline.draw_labeled(seed, step, labeled_records, data.labeled_batch_size)
+    def draw(step: int) -> batches.Draw:
+        records = batches.draw_labeled(seed, step, labeled_records, data.labeled_batch_size)
         if pseudo_labels is None:
-            return input_pipeline.Draw(records)
-        pairs, is_pseudo = input_pipeline.draw_pairs(
-            seed, step, labeled_views, pseudo_views, composition
-        )
-        return input_pipeline.Draw(records, pairs, is_pseudo)
+            return batches.Draw(records)
+        pairs, is_pseudo = batches.draw_pairs(seed, step, labeled_views, pseudo_views, composition)
+        return batches.Draw(records, pairs, is_pseudo)
 
     return draw
 
 
-def read_batch(run: Run, pseudo_labels: PseudoLabels | None, draw: input_pipeline.Draw) -> dict:
+def read_batch(run: Run, pseudo_labels: PseudoLabels | None, draw: batches.Draw) -> dict:
     """Reads this process' share of the slices of a draw: a batch, sharded over its devices."""
-    draw = input_pipeline.Draw(*map(processes.share, draw))
-    batch = input_pipeline.read_labeled(run.prepared, draw.labeled)
+    draw = batches.Draw(*map(multihost.share, draw))
+    batch = batches.read_labeled(run.prepared, draw.labeled)
     if pseudo_labels is not None:
-        batch |= input_pipeline.read_pairs(run.prepared, pseudo_labels, draw.pairs, draw.is_pseudo)
-    return input_pipeline.shard(batch, jax.local_device_count())
+        batch |= batches.read_pairs(run.prepared, pseudo_labels, draw.pairs, draw.is_pseudo)
+    return batches.shard(batch, jax.local_device_count())
 
 
 def fit(
@@ -140,7 +134,7 @@ def fit(
             progress = {"validation": history, "labels_sha256": digest}
             checkpoint.save(manager, number, current, progress, dice)
 
-        run_files.forget_lines(run.workdir / "metrics.jsonl", stage, after_step=done)
+        forget_lines(run.workdir / "metrics.jsonl", stage, after_step=done)
         writer = stack.enter_context(
             tensorboard.open_writer(
                 run.workdir / "tensorboard" / stage, after_step=first_step + done
@@ -152,16 +146,16 @@ def fit(
             for name, value in scalars.items():
                 writer.add_scalar(name, value, first_step + number)
 
-        replicated = parallel.replicate(latest)
-        batches = input_pipeline.read_ahead(read, first_step + done, first_step + num_steps)
-        bar = tqdm(batches, stage, num_steps, initial=done, unit="step", disable=None)
+        replicated = devices.replicate(latest)
+        loaded = batches.read_ahead(read, first_step + done, first_step + num_steps)
+        bar = tqdm(loaded, stage, num_steps, initial=done, unit="step", disable=None)
         unchecked = {}  # step: metrics, still on the device
         for number, batch in enumerate(bar, start=done + 1):
             replicated, unchecked[number] = train_step(replicated, batch, run.key)
             log_now = number % run.config.log.every == 0 or number == num_steps
             validate_now = number % rounds.eval_every == 0 or number == num_steps
             # Several processes agree on it where they wait for the devices anyway.
-            stop_now = (log_now or validate_now or not processes.several()) and run.stop_asked()
+            stop_now = (log_now or validate_now or not multihost.several()) and run.stop_asked()
             if log_now or validate_now or stop_now:
                 scalars = check_finite(run, stage, unchecked, lambda n: draw(first_step + n - 1))
                 unchecked = {}
@@ -210,7 +204,7 @@ def check_finite(
     run: Run,
     stage: str,
     unchecked: dict[int, dict],
-    draw: Callable[[int], input_pipeline.Draw],
+    draw: Callable[[int], batches.Draw],
 ) -> dict:
     """Scalars of the last of the steps, when those of all are finite.
 
@@ -228,7 +222,7 @@ def check_finite(
             if records.size
         }
         values = {k: str(v) for k, v in scalars.items()}
-        run_files.write_json(path, {"stage": stage, "step": number, "metrics": values, **slices})
+        write_json(path, {"stage": stage, "step": number, "metrics": values, **slices})
         raise FloatingPointError(
             f"{stage}, step {number}: {values}; {path} lists the slices of its batch. Look at "
             "their intensities, or try a lower optimizer.learning_rate or loss.contrastive_weight"
@@ -305,7 +299,7 @@ def finish_stage(
         run.split.test,
         stoppable=True,
         with_distances=True,
-        save_to=run.workdir / "predictions" / best.stage if processes.is_first() else None,
+        save_to=run.workdir / "predictions" / best.stage if multihost.is_first() else None,
     )
     results["results"][best.stage] = {
         "test": test,
@@ -315,8 +309,8 @@ def finish_stage(
         "pseudo_labels": pseudo_labels.report if pseudo_labels else None,
         "seconds": round(time.monotonic() - started, 1),
     }
-    run_files.write_json(run.workdir / "results.json", results)
-    if processes.is_first():
+    write_json(run.workdir / "results.json", results)
+    if multihost.is_first():
         report.write_own_page(run.workdir, None)
 
 
@@ -329,17 +323,17 @@ def pseudo_label_pool(
     """
     folder = run.workdir / "pseudo_labels" / f"round_{round_number}"
     made_by = {"stage": best.stage, "step": int(best.state.step)}
-    stored = run_files.read_json(folder / "report.json") or {}
-    if processes.json_from_first(stored.get("made_by")) == made_by:
+    stored = read_json(folder / "report.json") or {}
+    if multihost.json_from_first(stored.get("made_by")) == made_by:
         for name in ("labels.npy", "report.json"):
-            processes.file_from_first(folder / name)
+            multihost.file_from_first(folder / name)
         return load_pseudo_labels(folder, run.prepared)
     options = run.config.pseudo_labels
     agreements = None
     if options.min_agreement > 0:
         predict = predictor(run, best.state)
         agreements = {
-            volume_id: consistency.agreement(
+            volume_id: quality_gate.agreement(
                 np.random.default_rng((run.config.seed, round_number, entry.first_slice)),
                 predict,
                 run.prepared.read_slices(entry.slices)[0],
@@ -395,17 +389,15 @@ def train_and_evaluate(
       Interrupted: `stop_asked` gave True; everything is saved.
     """
     started = time.monotonic()
-    config, proposed = proposal.complete(config)
+    config, proposed = own_data.complete(config)
     if proposed:
         logger.info("\n%s", proposed)
     run = start_run(config, workdir, stop_asked)
-    results = run_files.read_json(workdir / "results.json") or run_files.new_results(
-        config, run.prepared, run.split
-    )
+    results = read_json(workdir / "results.json") or new_results(config, run.prepared, run.split)
     if config.rounds.baseline_from and "baseline" not in results["results"]:
-        if processes.is_first():
+        if multihost.is_first():
             take_over_baseline(run, results)
-    results = processes.json_from_first(results)
+    results = multihost.json_from_first(results)
     best, history = fit(run, "baseline", initial_state(run, 0), config.rounds.baseline_steps, None)
     finish_stage(run, results, best, history, started, None)
     if config.rounds.num_rounds:
@@ -414,7 +406,7 @@ def train_and_evaluate(
         best, pseudo_labels = run_round(run, results, round_number, best, pseudo_labels)
     stages = results["results"]
     results["chosen"] = max(stages, key=lambda s: stages[s]["best_validation_dice"])
-    run_files.write_json(workdir / "results.json", results)
-    if processes.is_first():
+    write_json(workdir / "results.json", results)
+    if multihost.is_first():
         report.write_own_page(workdir, run.prepared)
     return results

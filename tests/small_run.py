@@ -8,7 +8,7 @@ from pathlib import Path
 
 import jax
 
-from lclseg import checkpoint
+from lclseg.run import checkpoint
 
 ROOT = Path(__file__).parents[1]
 STAGES = ("baseline", "round_1", "round_2")

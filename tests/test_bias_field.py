@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from lclseg.bias_field import correct_bias_field
+from lclseg.data.bias_field import correct_bias_field
 
 SPACING_MM = (1.5, 1.2, 8.0)
 

@@ -13,9 +13,9 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from lclseg import bias_field, volumes
-from lclseg.prepared import open_prepared
-from lclseg.volumes import VolumeError
+from lclseg.data import bias_field, grid
+from lclseg.data.dataset import open_prepared
+from lclseg.data.nifti import VolumeError
 from tfds_builders import slices
 from tfds_builders.acdc import acdc_dataset_builder as acdc
 from tfds_builders.hippocampus import hippocampus_dataset_builder as hippocampus
@@ -130,14 +130,14 @@ def check_volume(prepared, volume_id, image_path, label_path):
         np.testing.assert_array_equal(native.label, truth)
         assert native.label.dtype == np.uint8
 
-    grid = {"image_size": prepared.image_size, "target_spacing_mm": prepared.target_spacing_mm}
+    kwargs = {"image_size": prepared.image_size, "target_spacing_mm": prepared.target_spacing_mm}
     image, label = prepared.read_slices(entry.slices)
     low, high = np.percentile(file.get_fdata(), (1, 99))
-    expected = volumes.image_to_grid(
-        (file.get_fdata() - low) / (high - low), native.spacing_mm, **grid
+    expected = grid.image_to_grid(
+        (file.get_fdata() - low) / (high - low), native.spacing_mm, **kwargs
     )
     np.testing.assert_allclose(image, expected, atol=1e-4)
-    expected = volumes.label_to_grid(truth.astype(np.uint8), native.spacing_mm, **grid)
+    expected = grid.label_to_grid(truth.astype(np.uint8), native.spacing_mm, **kwargs)
     np.testing.assert_array_equal(label, expected)
     for pixels, slice_label in zip(entry.class_pixels, label, strict=True):
         assert pixels.tolist() == [(slice_label == k).sum() for k in range(prepared.num_classes)]
@@ -504,7 +504,7 @@ def test_bias_field_is_taken_out_before_all_else(tmp_path):
     np.testing.assert_array_equal(label, corrected_label)
     file = nib.load(folder / "imagesTr" / f"{names[0]}.nii.gz")
     expected = bias_field.correct_bias_field(file.get_fdata(), (1, 1, 1), shrink_factor=2)
-    expected = np.moveaxis(volumes.normalize_intensity(expected), 2, 0)
+    expected = np.moveaxis(grid.normalize_intensity(expected), 2, 0)
     np.testing.assert_allclose(after[:4], expected, atol=1e-4)
     # Brighter towards high rows before, level afterwards.
     assert before[:, 28:].mean() - before[:, 8:12].mean() > 0.3

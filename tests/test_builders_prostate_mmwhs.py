@@ -12,8 +12,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from lclseg import volumes
-from lclseg.prepared import open_prepared
+from lclseg.data import nifti
+from lclseg.data.dataset import open_prepared
 from tfds_builders.mmwhs import mmwhs_dataset_builder as mmwhs
 from tfds_builders.prostate import archive
 from tfds_builders.prostate import prostate_dataset_builder as prostate
@@ -137,11 +137,11 @@ def test_prostate_from_a_folder(tmp_path, monkeypatch):
 def test_prostate_image_without_channels(tmp_path):
     path = tmp_path / "prostate_00.nii.gz"
     write(path, noise(0, (8, 8, 3)))
-    with pytest.raises(volumes.VolumeError, match=r"\(8, 8, 3\).*4-D"):
-        volumes.read_image(path, channel=0)
+    with pytest.raises(nifti.VolumeError, match=r"\(8, 8, 3\).*4-D"):
+        nifti.read_image(path, channel=0)
     write(path, noise(0, (8, 8, 3, 1)))
-    with pytest.raises(volumes.VolumeError, match=r"\(8, 8, 3, 1\).*at least 2 channels"):
-        volumes.read_image(path, channel=1)
+    with pytest.raises(nifti.VolumeError, match=r"\(8, 8, 3, 1\).*at least 2 channels"):
+        nifti.read_image(path, channel=1)
 
 
 @pytest.mark.parametrize(
@@ -149,12 +149,12 @@ def test_prostate_image_without_channels(tmp_path):
 )
 def test_prostate_listing_unlike_msd(tmp_path, listing):
     (tmp_path / "dataset.json").write_text(listing)
-    with pytest.raises(volumes.VolumeError, match=r"dataset\.json"):
+    with pytest.raises(nifti.VolumeError, match=r"dataset\.json"):
         prostate.find_cases(tmp_path)
 
 
 def test_prostate_without_listing_names_the_way_out(tmp_path):
-    with pytest.raises(volumes.VolumeError, match=r"no .*dataset\.json.*data\.manual_dir"):
+    with pytest.raises(nifti.VolumeError, match=r"no .*dataset\.json.*data\.manual_dir"):
         prostate.find_cases(tmp_path)
 
 
@@ -210,7 +210,7 @@ def test_prostate_downloads_the_archive(tmp_path, monkeypatch, server):
 def test_prostate_download_fails(tmp_path, monkeypatch, server):
     """The user reads what went wrong and what to do instead; no prepared set is left behind."""
     monkeypatch.setattr(prostate, "ARCHIVE_URL", server(b"abc"))
-    with pytest.raises(volumes.VolumeError, match=r"found MD5 .*data\.manual_dir"):
+    with pytest.raises(nifti.VolumeError, match=r"found MD5 .*data\.manual_dir"):
         open_prostate(tmp_path)
     assert not [p for p in tmp_path.rglob("*") if p.is_file()]
 
@@ -234,7 +234,7 @@ def test_fetch(tmp_path, server):
 )
 def test_fetch_keeps_nothing_on_failure(tmp_path, server, body, length, message):
     url = server(body, length)
-    with pytest.raises(volumes.VolumeError, match=message):
+    with pytest.raises(nifti.VolumeError, match=message):
         archive.fetch(url, tmp_path / "file", md5=ABC_MD5)
     assert not list(tmp_path.iterdir())
 
@@ -243,7 +243,7 @@ def test_fetch_without_a_server(tmp_path, monkeypatch):
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
         port = httpd.server_port  # free again once the server is closed
-    with pytest.raises(volumes.VolumeError, match=f"127.0.0.1:{port}.*download failed after 0"):
+    with pytest.raises(nifti.VolumeError, match=f"127.0.0.1:{port}.*download failed after 0"):
         archive.fetch(f"http://127.0.0.1:{port}/a.tar", tmp_path / "file", md5=ABC_MD5)
 
 
@@ -273,7 +273,7 @@ def test_archive_with_a_bad_member_is_refused(tmp_path, server, bad):
         tar.addfile(bad)
     body = buffer.getvalue()
     folder = tmp_path / "downloads" / "task"
-    with pytest.raises(volumes.VolumeError, match=f"refused.*{bad.name}"):
+    with pytest.raises(nifti.VolumeError, match=f"refused.*{bad.name}"):
         archive.fetch_and_unpack(server(body), folder, md5=hashlib.md5(body).hexdigest())
     assert [p.name for p in tmp_path.rglob("*")] == ["downloads"]
 
@@ -284,7 +284,7 @@ def test_archive_cut_short_or_no_archive(tmp_path, server, part):
     body = tar_bytes(make_prostate(tmp_path / "Task05_Prostate"))
     body = body[: int(part * len(body))]
     folder = tmp_path / "downloads" / "task"
-    with pytest.raises(volumes.VolumeError, match="not a whole tar archive"):
+    with pytest.raises(nifti.VolumeError, match="not a whole tar archive"):
         archive.fetch_and_unpack(server(body), folder, md5=hashlib.md5(body).hexdigest())
     assert not list((tmp_path / "downloads").iterdir())
 
@@ -349,7 +349,7 @@ def test_mmwhs_label_already_mapped(tmp_path):
     labels = np.arange(6 * 7 * 3, dtype=np.int16).reshape(6, 7, 3) % 8
     write(tmp_path / "mr_train_1001_label.nii.gz", labels)
     (case,) = mmwhs.find_cases(tmp_path)
-    with pytest.raises(volumes.VolumeError, match=r"1001.*found label values 0, 1, 2.*205, 420"):
+    with pytest.raises(nifti.VolumeError, match=r"1001.*found label values 0, 1, 2.*205, 420"):
         mmwhs.load(case)
 
 
@@ -366,10 +366,10 @@ def test_mmwhs_affine_tolerance(tmp_path, shift, fits):
     if fits:
         assert (mmwhs.load(case).label == 3).all()
     else:
-        with pytest.raises(volumes.VolumeError, match="lie differently in space"):
+        with pytest.raises(nifti.VolumeError, match="lie differently in space"):
             mmwhs.load(case)
 
 
 def test_mmwhs_folder_without_volumes(tmp_path):
-    with pytest.raises(volumes.VolumeError, match=r"no mr_train_NNNN.*data\.manual_dir"):
+    with pytest.raises(nifti.VolumeError, match=r"no mr_train_NNNN.*data\.manual_dir"):
         mmwhs.find_cases(tmp_path)

@@ -6,9 +6,10 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from lclseg import evaluation, volumes
-from lclseg.prepared import PreparedSet, VolumeEntry
-from lclseg.preprocessing import Preprocessing
+from lclseg import evaluation
+from lclseg.data import grid
+from lclseg.data.dataset import PreparedSet, VolumeEntry
+from lclseg.data.preprocess import Preprocessing
 
 SIZE, TARGET = 48, 1.1  # of the grid
 AFFINE = np.array([[0, -1.3, 0, 7], [-0.8, 0, 0, 9], [0, 0, 5, -3], [0, 0, 0, 1]], float)
@@ -31,7 +32,7 @@ def prepared():
     records, entries = [], {}
     for volume_id, shape in SHAPES.items():
         label = native_label(shape)
-        on_grid = volumes.label_to_grid(label, SPACING, image_size=SIZE, target_spacing_mm=TARGET)
+        on_grid = grid.label_to_grid(label, SPACING, image_size=SIZE, target_spacing_mm=TARGET)
         pixels = np.zeros((shape[2], 3), int)
         entries[volume_id] = VolumeEntry(volume_id, volume_id, True, len(records), pixels)
         for s in range(shape[2]):

@@ -9,13 +9,14 @@ import jax
 import numpy as np
 import pytest
 
-from lclseg import export, parallel, predict, trained
-from lclseg.trained import ModelError
+from lclseg import export, model_files, predict
+from lclseg.model_files import ModelError
+from lclseg.run import devices
 
 
 @pytest.fixture(scope="module")
 def model(tiny_run):
-    return trained.load_run(tiny_run[0])
+    return model_files.load_run(tiny_run[0])
 
 
 @pytest.fixture(scope="module")
@@ -251,7 +252,7 @@ def test_flipped_bits_are_noticed(copy):
 
 
 def test_the_command(tiny_run, model, exported, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(parallel, "set_up_jax", lambda devices: None)
+    monkeypatch.setattr(devices, "set_up_jax", lambda devices: None)
     output = tmp_path / "model"
     export.main(["--workdir", str(tiny_run[0]), "--output", str(output)])
     assert str(output) in capsys.readouterr().out

@@ -166,7 +166,7 @@ def test_a_sweep_asked_to_stop_goes_on(program, tmp_path):
     (tmp_path / "sweep.py").write_text(text)
     options = [f"--{n}={tmp_path / n}" for n in ("workdir", "results")]
     options += [f"--sweep={tmp_path / 'sweep.py'}", f"--data_dir={program.data_dir}"]
-    command = [sys.executable, "-m", "lclseg.ablation", *options]
+    command = [sys.executable, "-m", "lclseg.sweep", *options]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "cwd": ROOT}
     process = subprocess.Popen(command, **pipes)
     newest = tmp_path / "workdir" / "plain" / "c1_seed0" / "checkpoints" / "baseline" / "10"

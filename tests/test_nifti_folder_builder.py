@@ -9,11 +9,12 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from lclseg import evaluation, proposal, report, train
-from lclseg.configuration import ConfigError
-from lclseg.prepared import open_prepared
-from lclseg.splits import SplitError, draw_lists
-from lclseg.volumes import VolumeError
+from lclseg import evaluation, report, train
+from lclseg.data import own_data
+from lclseg.data.dataset import open_prepared
+from lclseg.data.nifti import VolumeError
+from lclseg.data.splits import SplitError, draw_lists
+from lclseg.run.config_checks import ConfigError
 from tfds_builders import slices
 from tfds_builders.mmwhs import mmwhs_dataset_builder as mmwhs
 
@@ -81,18 +82,18 @@ def open_set(config, data_dir):
         target_spacing_mm=data.target_spacing_mm,
         data_dir=str(data_dir),
         manual_dir=data.manual_dir,
-        options=proposal.builder_options(data),
+        options=own_data.builder_options(data),
     )
 
 
 def complete(folder, **data):
-    return proposal.complete(config_of(folder, **data))
+    return own_data.complete(config_of(folder, **data))
 
 
 def test_another_data_set_is_left_alone():
     config = runpy.run_path(str(ROOT / "configs" / "phantom.py"))["get_config"]()
-    assert proposal.complete(config) == (config, "")
-    assert proposal.builder_options(config.data) == {}
+    assert own_data.complete(config) == (config, "")
+    assert own_data.builder_options(config.data) == {}
 
 
 # Foreground of a: x 10..12 of 40, y 20..24 of 30: 10 voxels from the centre to the outer edge along
@@ -541,7 +542,7 @@ def test_config_with_lists(tmp_path):
     # The model's seed moves nobody.
     other = config_of(tmp_path, validation=("c4",), num_labeled="1")
     other.seed = 7
-    assert proposal.complete(other)[0].data.test == data.test
+    assert own_data.complete(other)[0].data.test == data.test
 
 
 def test_a_run_with_two_masks(tmp_path):

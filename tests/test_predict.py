@@ -9,11 +9,13 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from lclseg import evaluation, parallel, predict, preprocessing, trained, volumes
-from lclseg.nifti_folder import Files
-from lclseg.preprocessing import Preprocessing
-from lclseg.trained import ModelError
-from lclseg.volumes import VolumeError
+from lclseg import evaluation, model_files, predict
+from lclseg.data import nifti, preprocess
+from lclseg.data.layouts import Files
+from lclseg.data.nifti import VolumeError
+from lclseg.data.preprocess import Preprocessing
+from lclseg.model_files import ModelError
+from lclseg.run import devices
 from tfds_builders.phantom import synthesis
 
 TEST_VOLUMES = (4, 5)
@@ -23,7 +25,7 @@ HOW = Preprocessing(("shell", "core"), (205, 850), True, 48, 1.5, 0, None)
 @pytest.fixture
 def main(monkeypatch):
     """The command; JAX is set up already."""
-    monkeypatch.setattr(parallel, "set_up_jax", lambda devices: None)
+    monkeypatch.setattr(devices, "set_up_jax", lambda devices: None)
     return lambda *argv: predict.main([str(a) for a in argv])
 
 
@@ -335,7 +337,7 @@ def test_a_run_on_4d_files_takes_its_channel_or_a_3d_file(tmp_path, axes):
 
 
 def test_n4_is_done_where_the_run_did_it(tmp_path, monkeypatch):
-    from lclseg import bias_field
+    from lclseg.data import bias_field
 
     affine, spacing = geometry("plain")
     path = write(
@@ -459,7 +461,7 @@ def test_a_failed_write_leaves_no_half_file(tmp_path, monkeypatch):
         path.write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr(volumes.nib, "save", fail)
+    monkeypatch.setattr(nifti.nib, "save", fail)
     with pytest.raises(OSError, match="disk full"):
         segment_one(path, tmp_path / "out")
     assert not list((tmp_path / "out").glob("a*"))
@@ -535,7 +537,7 @@ def snapshot(folder):
 def test_the_best_stage_is_loaded_and_the_run_left_alone(tiny_run):
     workdir, results = tiny_run
     before = snapshot(workdir)
-    model = trained.load_run(workdir)
+    model = model_files.load_run(workdir)
     assert snapshot(workdir) == before
     assert model.facts["stage"] == results["chosen"]
     chosen = results["results"][results["chosen"]]
@@ -544,19 +546,19 @@ def test_the_best_stage_is_loaded_and_the_run_left_alone(tiny_run):
     assert model.facts["num_volumes"] == {"labeled": 1, "unlabeled": 1, "validation": 2, "test": 2}
     assert model.preprocessing == (("RV", "MYO", "LV"), (1, 2, 3), False, 32, 4.0, 0, None, 2)
     for stage, result in results["results"].items():
-        one = trained.load_run(workdir, stage=stage).facts
+        one = model_files.load_run(workdir, stage=stage).facts
         assert (one["stage"], one["validation_dice"]) == (stage, result["best_validation_dice"])
 
 
 def test_partly_finished_runs(tiny_run, tmp_path):
     """Before the baseline's test, and of a version that did not record its preprocessing."""
-    whole = trained.load_run(tiny_run[0])
+    whole = model_files.load_run(tiny_run[0])
     workdir = tmp_path / "run"
     shutil.copytree(tiny_run[0], workdir)
     shutil.rmtree(workdir / "checkpoints" / "round_1")
     for name in ("results.json", "preprocessing.json"):
         (workdir / name).unlink()
-    model = trained.load_run(workdir)
+    model = model_files.load_run(workdir)
     assert model.preprocessing == whole.preprocessing
     assert model.facts["stage"] == "baseline"
     assert model.facts["test"] is None and model.facts["num_volumes"] is None
@@ -565,7 +567,7 @@ def test_partly_finished_runs(tiny_run, tmp_path):
     assert model.facts["validation_dice"] == best["mean_dice"]
     shutil.rmtree(workdir / "checkpoints" / "baseline")
     with pytest.raises(ModelError, match="no validated checkpoint"):
-        trained.load_run(workdir)
+        model_files.load_run(workdir)
 
 
 def test_damaged_checkpoints_and_foreign_folders(tiny_run, tmp_path):
@@ -575,7 +577,7 @@ def test_damaged_checkpoints_and_foreign_folders(tiny_run, tmp_path):
         if path.is_file():
             path.write_bytes(b"damaged")
     with pytest.raises(ModelError, match="damaged, or of another version") as error:
-        trained.load_run(workdir)
+        model_files.load_run(workdir)
     assert len(str(error.value).splitlines()) == 1
     with pytest.raises(ModelError, match=r"neither config\.json nor model\.json"):
         predict.load_models([tmp_path])
@@ -583,9 +585,9 @@ def test_damaged_checkpoints_and_foreign_folders(tiny_run, tmp_path):
 
 def test_mean_of_several_models(tiny_run):
     """Against the network applied by hand."""
-    model = trained.load_run(tiny_run[0])
+    model = model_files.load_run(tiny_run[0])
     other = model._replace(
-        state=trained.inference_state(
+        state=model_files.inference_state(
             jax.tree.map(lambda x: -0.5 * x, model.state.ema_params), model.state.batch_stats
         ),
         batch_size=5,
@@ -594,7 +596,7 @@ def test_mean_of_several_models(tiny_run):
     by_hand = []
     for m in (model, other):
         variables = {"params": m.state.ema_params, "batch_stats": m.state.batch_stats}
-        logits, _ = trained.unet(m.preprocessing, m.architecture).apply(
+        logits, _ = model_files.unet(m.preprocessing, m.architecture).apply(
             variables, jnp.asarray(images), train=False
         )
         by_hand.append(np.asarray(jax.nn.softmax(logits, axis=-1)))
@@ -612,8 +614,8 @@ def test_models_of_other_classes_or_preprocessing_are_not_averaged(
     workdir = tmp_path / "run"
     shutil.copytree(tiny_run[0], workdir)
     path = workdir / "preprocessing.json"
-    how = preprocessing.from_json(json.loads(path.read_text()), str(path))
-    path.write_text(json.dumps(preprocessing.to_json(how._replace(**{field: value}))))
+    how = preprocess.from_json(json.loads(path.read_text()), str(path))
+    path.write_text(json.dumps(preprocess.to_json(how._replace(**{field: value}))))
     assert len(predict.load_models([tiny_run[0], tiny_run[0]])) == 2
     with pytest.raises(ModelError, match=f"cannot be averaged: {field} is .*; give") as error:
         predict.load_models([tiny_run[0], workdir])

@@ -8,9 +8,10 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from lclseg import pseudo_labels, volumes
-from lclseg.prepared import PreparedSet, VolumeEntry
-from lclseg.preprocessing import Preprocessing
+from lclseg import pseudo_labels
+from lclseg.data import grid
+from lclseg.data.dataset import PreparedSet, VolumeEntry
+from lclseg.data.preprocess import Preprocessing
 
 AFFINE = np.array([[-1, 0, 0, 9], [0, 0, 1, 5], [0, 7, 0, -2], [0, 0, 0, 1]], float)
 
@@ -231,7 +232,7 @@ def test_nifti_files_in_native_geometry(tmp_path):
         assert file.get_data_dtype() == np.uint8
         np.testing.assert_allclose(file.affine, AFFINE)
         np.testing.assert_allclose(file.header.get_zooms(), spacing_mm, rtol=1e-6)
-        expected = volumes.probs_to_native_label(
+        expected = grid.probs_to_native_label(
             predict(np.stack(IMAGES[volume_id])), spacing_mm, (5, 12), target_spacing_mm=1.0
         )
         np.testing.assert_array_equal(np.asarray(file.dataobj), expected)

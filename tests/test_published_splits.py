@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lclseg.prepared import VolumeEntry
-from lclseg.splits import resolve_split
+from lclseg.data.dataset import VolumeEntry
+from lclseg.data.splits import resolve_split
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 NAMES = ("acdc", "prostate", "mmwhs")

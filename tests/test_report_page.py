@@ -19,12 +19,13 @@ import pytest
 from absl import flags
 from ml_collections import config_flags
 
-from lclseg import report, volumes
+from lclseg import report
+from lclseg.data import nifti
+from lclseg.data.dataset import PreparedSet, VolumeEntry
+from lclseg.data.preprocess import Preprocessing
 from lclseg.page import comparison, figures, one_run
 from lclseg.page.command import reproducing_command
 from lclseg.page.recorded import names_of, read_run
-from lclseg.prepared import PreparedSet, VolumeEntry
-from lclseg.preprocessing import Preprocessing
 
 ROOT = Path(__file__).parents[1]
 HOSTILE = "<script>alert('1')</script>&\"$x_"
@@ -252,7 +253,7 @@ def write_predictions(workdir, sides, slice_axis):
     """A square of sides[stage] for every test volume."""
     for name, side in sides.items():
         for volume_id in TEST_IDS:
-            volumes.write_label(
+            nifti.write_label(
                 workdir / "predictions" / name / f"{volume_id}.nii.gz",
                 np.moveaxis(square(side, 5), 0, 2),
                 np.diag((*SPACING, 1.0)),

@@ -9,8 +9,8 @@ import pytest
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from lclseg.prepared import VolumeEntry
-from lclseg.splits import Split, SplitError, resolve_split
+from lclseg.data.dataset import VolumeEntry
+from lclseg.data.splits import Split, SplitError, resolve_split
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
 ROLES = ("labeled", "unlabeled", "validation", "test")

@@ -1,6 +1,6 @@
 import numpy as np
 
-from lclseg import tensorboard
+from lclseg.run import tensorboard
 
 
 def test_overlay_paints_classes_and_leaves_the_slice():

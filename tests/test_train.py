@@ -14,13 +14,14 @@ import numpy as np
 import pytest
 from tensorboardX.proto import event_pb2
 
-import lclseg.run
-from lclseg import checkpoint, parallel, report, run_files, train
-from lclseg.configuration import ConfigError
-from lclseg.interruption import Interrupted
+from lclseg import report, train
+from lclseg.data.splits import SplitError
 from lclseg.pseudo_labels import PseudoLabelError
-from lclseg.run import initial_state, predictor, start_run
-from lclseg.splits import SplitError
+from lclseg.run import checkpoint, devices, setup
+from lclseg.run.config_checks import ConfigError
+from lclseg.run.setup import initial_state, predictor, start_run
+from lclseg.run.stopping import Interrupted
+from lclseg.run.workdir import read_json
 
 ROOT = Path(__file__).parents[1]
 
@@ -325,32 +326,32 @@ def test_non_finite_loss_stops_the_run(data_dir, tmp_path):
 def test_prepare_only(tmp_path):
     """Says what there is; after it a run needs no files to prepare from."""
     config = tiny_config(tmp_path / "data")
-    text = lclseg.run.prepare(config)
+    text = setup.prepare(config)
     assert "32 px of 4 mm, are prepared; 1 labeled, 3 unlabeled, 2 validation, 2 test" in text
     assert [p.name for p in tmp_path.iterdir()] == ["data"]
-    with mock.patch("lclseg.prepared._prepare", side_effect=AssertionError):
-        lclseg.run.open_data(config)
+    with mock.patch("lclseg.data.dataset._prepare", side_effect=AssertionError):
+        setup.open_data(config)
     config.data.validation = ("phantom_010",)  # in the unlabelled pool, too
     with pytest.raises(SplitError, match="phantom_010"):
-        lclseg.run.prepare(config)
+        setup.prepare(config)
 
 
 def test_cpu_devices_divide_the_batches(monkeypatch):
     chosen = {}
-    monkeypatch.setattr(parallel.threading, "excepthook", parallel.threading.excepthook)
+    monkeypatch.setattr(devices.threading, "excepthook", devices.threading.excepthook)
     monkeypatch.setattr(jax.config, "update", lambda name, value: chosen.update({name: value}))
-    monkeypatch.setattr(lclseg.run.os, "sched_getaffinity", lambda _: set(range(8)))
-    monkeypatch.setattr(lclseg.run.processes, "connect", lambda **cluster: None)
+    monkeypatch.setattr(setup.os, "sched_getaffinity", lambda _: set(range(8)))
+    monkeypatch.setattr(setup.multihost, "connect", lambda **cluster: None)
     config = runpy.run_path(str(ROOT / "configs" / "default.py"))["get_config"]()
-    lclseg.run.set_up_process(config)  # 20 slices and 10 pairs on 8 cores
+    setup.set_up_process(config)  # 20 slices and 10 pairs on 8 cores
     assert chosen["jax_num_cpu_devices"] == 5
     config.num_cpu_devices = 2
-    lclseg.run.set_up_process(config)
+    setup.set_up_process(config)
     assert chosen["jax_num_cpu_devices"] == 2
     config.num_cpu_devices = 0
     cluster = {"num_processes": 2}  # 10 and 5 are left for each
-    monkeypatch.setattr(lclseg.run.processes, "settings", lambda: cluster)
-    lclseg.run.set_up_process(config)
+    monkeypatch.setattr(setup.multihost, "settings", lambda: cluster)
+    setup.set_up_process(config)
     assert chosen["jax_num_cpu_devices"] == 5
 
 
@@ -387,12 +388,12 @@ def test_gate_in_a_run(data_dir, tmp_path, monkeypatch):
         seen.append(rng.random())
         return agreements[len(seen) - 1]
 
-    monkeypatch.setattr(train.consistency, "agreement", agreement)
+    monkeypatch.setattr(train.quality_gate, "agreement", agreement)
     agreements = [0.1, 0.9, 0.2]
     with pytest.raises(PseudoLabelError, match=r"above 0\.9 .*pseudo_labels\.min_agreement"):
         train.train_and_evaluate(config, tmp_path / "run")
     assert len(set(seen)) == 3  # each volume draws for itself
-    assert list(run_files.read_json(tmp_path / "run" / "results.json")["results"]) == ["baseline"]
+    assert list(read_json(tmp_path / "run" / "results.json")["results"]) == ["baseline"]
     # Predicted anew by the same command.
     seen.clear()
     agreements = [0.1, 0.95, 0.91, 0.5, 0.5, 0.5]
@@ -401,7 +402,7 @@ def test_gate_in_a_run(data_dir, tmp_path, monkeypatch):
     assert labels["volume_ids"] == ["phantom_011", "phantom_012"]
     assert labels["gate"]["rejected"] == ["phantom_010"]
     # The finished model's own: none passes, so these stay.
-    after = run_files.read_json(tmp_path / "run" / "pseudo_labels" / "round_2" / "report.json")
+    after = read_json(tmp_path / "run" / "pseudo_labels" / "round_2" / "report.json")
     assert after["volume_ids"] == labels["volume_ids"]
     assert "above 0.9" in after["kept_previous"]
 

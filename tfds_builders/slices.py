@@ -20,7 +20,7 @@ import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
 from tqdm import tqdm
 
-from lclseg import preprocessing, volumes
+from lclseg.data import grid, nifti, preprocess
 
 # One split: roles (labelled, unlabelled, validation, test) are chosen by patient in the config.
 SPLIT = "slices"
@@ -163,7 +163,7 @@ def msd_cases(folder: Path, *, task: str, way_out: str) -> list[Case]:
         folder = folder / task
     listing = folder / "dataset.json"
     if not listing.is_file():
-        raise volumes.VolumeError(
+        raise nifti.VolumeError(
             f"no {listing}: wanted the unpacked {task} folder with dataset.json, imagesTr and "
             f"labelsTr. {way_out}"
         )
@@ -171,12 +171,12 @@ def msd_cases(folder: Path, *, task: str, way_out: str) -> list[Case]:
         entries = json.loads(listing.read_text())["training"]
         pairs = [(folder / e["image"], folder / e["label"]) for e in entries]
     except (ValueError, KeyError, TypeError) as error:
-        raise volumes.VolumeError(
+        raise nifti.VolumeError(
             f"{listing}: not an MSD listing ({type(error).__name__}: {error}); wanted "
             '{"training": [{"image": ..., "label": ...}, ...]}'
         ) from error
     if not pairs:
-        raise volumes.VolumeError(f"{listing}: lists no training volume; wanted at least one")
+        raise nifti.VolumeError(f"{listing}: lists no training volume; wanted at least one")
     cases = []
     for image, label in pairs:
         volume_id = image.name.removesuffix(".gz").removesuffix(".nii")
@@ -184,35 +184,35 @@ def msd_cases(folder: Path, *, task: str, way_out: str) -> list[Case]:
     return cases
 
 
-def load_nifti(case: Case, *, num_classes: int, channel: int | None = None) -> volumes.Volume:
+def load_nifti(case: Case, *, num_classes: int, channel: int | None = None) -> nifti.Volume:
     """Reads a case whose image and label are NIfTI paths; raises `volumes.VolumeError`.
 
     `channel` is the one to take from a 4-D image; None: the image is 3-D.
     """
-    image = volumes.read_image(Path(case.image), channel=channel)
+    image = nifti.read_image(Path(case.image), channel=channel)
     if case.label is None:
         return image
-    label = volumes.read_label(Path(case.label), image, Path(case.image), num_classes=num_classes)
+    label = nifti.read_label(Path(case.label), image, Path(case.image), num_classes=num_classes)
     return image._replace(label=label)
 
 
 def _prepare(
     case: Case,
     *,
-    load: Callable[[Case], volumes.Volume],
+    load: Callable[[Case], nifti.Volume],
     image_size: int,
     target_spacing_mm: float,
     n4_shrink_factor: int,
 ) -> list[dict]:
     """The slices of one case, in order along the last axis."""
     volume = load(case)
-    grid: dict[str, Any] = {"image_size": image_size, "target_spacing_mm": target_spacing_mm}
-    image = preprocessing.to_slices(
-        volume.image, volume.spacing_mm, n4_shrink_factor=n4_shrink_factor, **grid
+    on_grid: dict[str, Any] = {"image_size": image_size, "target_spacing_mm": target_spacing_mm}
+    image = preprocess.to_slices(
+        volume.image, volume.spacing_mm, n4_shrink_factor=n4_shrink_factor, **on_grid
     )
     has_label = volume.label is not None
     native_label = np.zeros(volume.image.shape, np.uint8) if volume.label is None else volume.label
-    label = volumes.label_to_grid(native_label, volume.spacing_mm, **grid)
+    label = grid.label_to_grid(native_label, volume.spacing_mm, **on_grid)
     return [
         {
             "volume_id": case.volume_id,
@@ -234,7 +234,7 @@ def _prepare(
 def generate_examples(
     builder: tfds.core.DatasetBuilder,
     cases: Sequence[Case],
-    load: Callable[[Case], volumes.Volume],
+    load: Callable[[Case], nifti.Volume],
 ) -> Iterator[tuple[int, dict]]:
     """Yields (key, slice), volume after volume, prepared on all cores; indexes the volumes.
 
@@ -250,7 +250,7 @@ def generate_examples(
     ids = [case.volume_id for case in cases]
     repeated = sorted({i for i in ids if ids.count(i) > 1})
     if repeated:
-        raise volumes.VolumeError(f"volume ids occur twice: {', '.join(repeated[:8])}")
+        raise nifti.VolumeError(f"volume ids occur twice: {', '.join(repeated[:8])}")
     metadata = builder.info.metadata
     num_classes = len(metadata["class_names"]) + 1
     prepare = functools.partial(
@@ -284,9 +284,9 @@ def generate_examples(
                     key += 1
         except BaseException as error:
             pool.shutdown(cancel_futures=True)
-            if isinstance(error, volumes.VolumeError):
+            if isinstance(error, nifti.VolumeError):
                 problems = _problems(cases, load) or [str(error)]
-                raise volumes.VolumeError("\n".join(problems)) from error
+                raise nifti.VolumeError("\n".join(problems)) from error
             raise
 
 
@@ -303,12 +303,12 @@ def _in_order(
         yield pending.popleft().result()
 
 
-def _problems(cases: Sequence[Case], load: Callable[[Case], volumes.Volume]) -> list[str]:
+def _problems(cases: Sequence[Case], load: Callable[[Case], nifti.Volume]) -> list[str]:
     """What is wrong with the cases, a line for each problem."""
     problems = []
     for case in tqdm(cases, "looking for more problems", disable=None, leave=False):
         try:
             load(case)
-        except volumes.VolumeError as error:
+        except nifti.VolumeError as error:
             problems += str(error).splitlines()
     return problems

@@ -5,7 +5,7 @@ import runpy
 import shlex
 from pathlib import Path
 
-from lclseg.configuration import differing_keys
+from lclseg.run.config_checks import differing_keys
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 

@@ -2,13 +2,13 @@
 
 from collections.abc import Iterator, Sequence
 
-from lclseg.configuration import MACHINE_KEYS, differing_keys
 from lclseg.page import one_run
 from lclseg.page.charts import line_chart, line_key, strip_charts
 from lclseg.page.elements import details, document, legend, note, section, table, text
 from lclseg.page.figures import SERIES, Line, series
 from lclseg.page.recorded import RecordedRun, named
-from lclseg.tables import gain, number, score_cells
+from lclseg.page.tables import gain, number, score_cells
+from lclseg.run.config_checks import MACHINE_KEYS, differing_keys
 
 
 def page(runs: Sequence[RecordedRun]) -> str:

@@ -4,7 +4,7 @@ import datetime
 import json
 from collections.abc import Iterator
 
-from lclseg import tables
+from lclseg.page import tables
 from lclseg.page.charts import line_chart, strip_charts
 from lclseg.page.command import reproducing_command
 from lclseg.page.elements import details, document, note, section, table, text

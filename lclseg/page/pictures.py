@@ -7,14 +7,14 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
-from lclseg import volumes
+from lclseg.data import grid
+from lclseg.data.dataset import PreparedSet
 from lclseg.page import figures
 from lclseg.page.elements import figure, key, legend, note, text
+from lclseg.page.palette import PALETTE
 from lclseg.page.recorded import RecordedRun, named
-from lclseg.palette import PALETTE
-from lclseg.prepared import PreparedSet
+from lclseg.page.tables import number
 from lclseg.pseudo_labels import PseudoLabelError, load_pseudo_labels, mean_foreground_dice
-from lclseg.tables import number
 
 NUM_CHANGED = 3  # volumes shown whose pseudo-labels changed most
 
@@ -156,7 +156,7 @@ def _overlays(
 def _read_prediction(prepared: PreparedSet, volume_id: str, path: Path) -> np.ndarray:
     """A stored prediction on the training grid, where the image is: [S, H, W]."""
     label = np.asarray(nib.Nifti1Image.from_filename(path).dataobj).astype(np.uint8)
-    return volumes.label_to_grid(
+    return grid.label_to_grid(
         np.moveaxis(label, prepared.slice_axis, 2),
         prepared.read_native(volume_id).spacing_mm,
         image_size=prepared.image_size,

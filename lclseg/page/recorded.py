@@ -9,10 +9,10 @@ from typing import NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from lclseg import proposal
-from lclseg.prepared import PreparedSet, open_prepared
-from lclseg.run_files import read_json
-from lclseg.volumes import VolumeError
+from lclseg.data import own_data
+from lclseg.data.dataset import PreparedSet, open_prepared
+from lclseg.data.nifti import VolumeError
+from lclseg.run.workdir import read_json
 
 Curve = tuple[list[int], np.ndarray]  # steps over the whole run, values; NaN between stages
 
@@ -165,7 +165,7 @@ def find_prepared(config: dict) -> tuple[PreparedSet | None, str]:
     data = config["data"]
     grid = {k: v for k, v in data.items() if k in keys}  # an old config may lack one
     try:
-        options = proposal.builder_options(ConfigDict(data))
+        options = own_data.builder_options(ConfigDict(data))
         return open_prepared(**grid, options=options, prepare=False), ""
     except VolumeError as error:
         return None, str(error)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import tensorflow_datasets as tfds
 
-from lclseg import volumes
+from lclseg.data import nifti
 from tfds_builders import slices
 
 CLASS_NAMES = ("RV", "MYO", "LV")
@@ -21,7 +21,7 @@ def find_cases(folder: Path) -> list[slices.Case]:
     places = [folder, folder / "training", folder / "database" / "training"]
     root = next((p for p in places if any(p.glob("patient[0-9][0-9][0-9]"))), None)
     if root is None:
-        raise volumes.VolumeError(
+        raise nifti.VolumeError(
             f"no patientNNN folder in any of {', '.join(map(str, places))}: wanted "
             "patientNNN/patientNNN_frameFF.nii.gz and ..._frameFF_gt.nii.gz. "
             f"{Builder.MANUAL_DOWNLOAD_INSTRUCTIONS}"
@@ -34,7 +34,7 @@ def find_cases(folder: Path) -> list[slices.Case]:
             if re.fullmatch(rf"{patient.name}_frame\d+\.nii(\.gz)?", f.name)
         )
         if not frames:
-            raise volumes.VolumeError(
+            raise nifti.VolumeError(
                 f"{patient}: no {patient.name}_frameFF.nii.gz in it; unpack the archive again"
             )
         image = frames[0]

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import tensorflow_datasets as tfds
 
-from lclseg import volumes
+from lclseg.data import nifti
 from tfds_builders import slices
 
 CLASS_NAMES = ("MYO", "LA", "LV", "RA", "RV", "AA", "PA")
@@ -21,7 +21,7 @@ def find_cases(folder: Path) -> list[slices.Case]:
     pattern = "mr_train_[0-9][0-9][0-9][0-9]_image.nii*"
     root = next((p for p in places if any(p.glob(pattern))), None)
     if root is None:
-        raise volumes.VolumeError(
+        raise nifti.VolumeError(
             f"no mr_train_NNNN_image.nii.gz in any of {', '.join(map(str, places))}. "
             f"{Builder.MANUAL_DOWNLOAD_INSTRUCTIONS}"
         )
@@ -37,17 +37,17 @@ def find_cases(folder: Path) -> list[slices.Case]:
     return cases
 
 
-def load(case: slices.Case) -> volumes.Volume:
+def load(case: slices.Case) -> nifti.Volume:
     """Reads a case; raises `volumes.VolumeError`, too where a label shows no structure at all."""
-    image = volumes.read_image(Path(case.image))
+    image = nifti.read_image(Path(case.image))
     if case.label is None:
         return image
     path = Path(case.label)
-    raw = volumes.read_raw_label(path, image, Path(case.image))
-    label, others = volumes.map_label_values(raw, RAW_VALUES)
+    raw = nifti.read_raw_label(path, image, Path(case.image))
+    label, others = nifti.map_label_values(raw, RAW_VALUES)
     if not label.any():
         found = ", ".join(f"{v:g}" for v in np.unique(raw)[:8])
-        raise volumes.VolumeError(
+        raise nifti.VolumeError(
             f"{path}: found label values {found}; wanted some of {', '.join(map(str, RAW_VALUES))}"
         )
     if others:

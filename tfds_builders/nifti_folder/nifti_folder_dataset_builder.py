@@ -10,7 +10,7 @@ from pathlib import Path
 
 import tensorflow_datasets as tfds
 
-from lclseg import proposal, volumes
+from lclseg.data import nifti, own_data
 from tfds_builders import slices
 
 
@@ -61,15 +61,15 @@ def grid_config(
     )
 
 
-def load(case: slices.Case, *, label_values: Sequence[int], slice_axis: int) -> volumes.Volume:
+def load(case: slices.Case, *, label_values: Sequence[int], slice_axis: int) -> nifti.Volume:
     """Reads a case, slices last; raises `volumes.VolumeError`."""
-    volume = volumes.read_image(Path(case.image))
+    volume = nifti.read_image(Path(case.image))
     if case.label is not None:
         path = Path(case.label)
-        raw = proposal.whole_numbers(path, volumes.read_raw_label(path, volume, Path(case.image)))
-        label, _ = volumes.map_label_values(raw, label_values)
+        raw = own_data.whole_numbers(path, nifti.read_raw_label(path, volume, Path(case.image)))
+        label, _ = nifti.map_label_values(raw, label_values)
         volume = volume._replace(label=label)
-    return volumes.slices_last(volume, slice_axis)
+    return nifti.slices_last(volume, slice_axis)
 
 
 class Builder(tfds.core.GeneratorBasedBuilder):
@@ -101,9 +101,9 @@ class Builder(tfds.core.GeneratorBasedBuilder):
         return {slices.SPLIT: self._generate_examples(Path(dl_manager.manual_dir))}
 
     def _generate_examples(self, folder: Path):
-        files = proposal.find_cases(folder)
-        if proposal.folder_digest(folder, files) != self.builder_config.folder_digest:
-            raise volumes.VolumeError(
+        files = own_data.find_cases(folder)
+        if own_data.folder_digest(folder, files) != self.builder_config.folder_digest:
+            raise nifti.VolumeError(
                 f"{folder}: files have changed since the run looked at them; start it again"
             )
         # A case counts as a patient.

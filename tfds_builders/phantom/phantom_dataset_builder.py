@@ -3,7 +3,7 @@
 import numpy as np
 import tensorflow_datasets as tfds
 
-from lclseg import volumes
+from lclseg.data import nifti
 from tfds_builders import slices
 from tfds_builders.phantom import synthesis
 
@@ -11,11 +11,11 @@ CLASS_NAMES = ("RV", "MYO", "LV")
 NUM_VOLUMES = 64
 
 
-def load(case: slices.Case) -> volumes.Volume:
+def load(case: slices.Case) -> nifti.Volume:
     """Generates the volume whose index is in `case.image`."""
     phantom = synthesis.make_volume(int(case.image))
     affine = np.diag([*phantom.spacing_mm, 1.0])
-    return volumes.Volume(phantom.image, phantom.label, affine, phantom.spacing_mm)
+    return nifti.Volume(phantom.image, phantom.label, affine, phantom.spacing_mm)
 
 
 def find_cases(num_volumes: int = NUM_VOLUMES) -> list[slices.Case]:

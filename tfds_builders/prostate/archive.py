@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 
 from tqdm import tqdm
 
-from lclseg import volumes
+from lclseg.data import nifti
 
 CHUNK = 1 << 20  # bytes
 TIMEOUT_SECONDS = 60  # without a byte
@@ -34,11 +34,11 @@ def _download(url: str) -> Iterator[bytes]:
                     bar.update(len(chunk))
                     yield chunk
     except (OSError, http.client.HTTPException) as error:
-        raise volumes.VolumeError(
+        raise nifti.VolumeError(
             f"{url}: download failed after {received} bytes ({type(error).__name__}: {error})"
         ) from error
     if total is not None and received != total:
-        raise volumes.VolumeError(
+        raise nifti.VolumeError(
             f"{url}: download ended after {received} of {total} bytes; try again"
         )
 
@@ -62,7 +62,7 @@ def fetch(url: str, path: Path, *, md5: str) -> None:
                 digest.update(chunk)
                 file.write(chunk)
         if digest.hexdigest() != md5:
-            raise volumes.VolumeError(
+            raise nifti.VolumeError(
                 f"{url}: found MD5 {digest.hexdigest()}, wanted {md5}; the download is damaged "
                 "(try again), or another version was published"
             )
@@ -88,14 +88,14 @@ def unpack(archive: Path, folder: Path) -> None:
                     or ".." in name.parts
                     or not (member.isreg() or member.isdir())
                 ):
-                    raise volumes.VolumeError(
+                    raise nifti.VolumeError(
                         f"{archive.name}: refused, for member {member.name!r} is a link or leads "
                         "out of the archive; wanted plain files and folders"
                     )
             folder.mkdir(parents=True)
             tar.extractall(folder, members, filter="data")
     except tarfile.TarError as error:
-        raise volumes.VolumeError(f"{archive.name}: not a whole tar archive ({error})") from error
+        raise nifti.VolumeError(f"{archive.name}: not a whole tar archive ({error})") from error
 
 
 def fetch_and_unpack(url: str, folder: Path, *, md5: str) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import tensorflow_datasets as tfds
 
-from lclseg import volumes
+from lclseg.data import nifti
 from tfds_builders import slices
 from tfds_builders.prostate import archive
 
@@ -62,8 +62,8 @@ class Builder(tfds.core.GeneratorBasedBuilder):
             folder = Path(self.data_dir_root) / "downloads" / TASK
             try:
                 archive.fetch_and_unpack(ARCHIVE_URL, folder, md5=ARCHIVE_MD5)
-            except volumes.VolumeError as error:
-                raise volumes.VolumeError(f"{error}. Or without it: {WAY_OUT}") from error
+            except nifti.VolumeError as error:
+                raise nifti.VolumeError(f"{error}. Or without it: {WAY_OUT}") from error
         return {slices.SPLIT: self._generate_examples(folder)}
 
     def _generate_examples(self, folder: Path):

@@ -20,9 +20,9 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from lclseg import volumes
-from lclseg.nifti_folder import Files, find_files, niftis, stem
-from lclseg.splits import ROLES, draw_lists
+from lclseg.data import nifti
+from lclseg.data.layouts import Files, find_files, niftis, stem
+from lclseg.data.splits import ROLES, draw_lists
 
 NAME = "nifti_folder"  # of the builder
 SIZE_MULTIPLE = 32  # px: five poolings
@@ -59,15 +59,15 @@ def find_cases(folder: Path) -> list[Files]:
     """
     wanted = "wanted images/ and labels/ with equal names, or imagesTr/ and labelsTr/ (nnU-Net)"
     if not folder.is_dir():
-        raise volumes.VolumeError(f"data.manual_dir: no folder {folder}; {wanted}")
+        raise nifti.VolumeError(f"data.manual_dir: no folder {folder}; {wanted}")
     files = find_files(folder)
     first = {f.image for f in files if stem(f.image).endswith("_0000")}
     files = [f for f in files if f.image in first or _channel(f, 0) not in first]
     if not files:
-        raise volumes.VolumeError(f"data.manual_dir: no .nii.gz file in {folder}; {wanted}")
+        raise nifti.VolumeError(f"data.manual_dir: no .nii.gz file in {folder}; {wanted}")
     repeated = [i for i, n in collections.Counter(f.case_id for f in files).items() if n > 1]
     if repeated:
-        raise volumes.VolumeError(
+        raise nifti.VolumeError(
             f"{folder}: several images are called {', '.join(repeated[:8])}; rename all but one"
         )
     used = {f.label for f in files}
@@ -79,7 +79,7 @@ def find_cases(folder: Path) -> list[Files]:
         if p not in used
     ]
     if lost:
-        raise volumes.VolumeError(
+        raise nifti.VolumeError(
             f"{lost[0]}: no image is called like this label, nor like {len(lost) - 1} others; "
             f"images are called like {files[0].case_id}: rename the labels, or take them out"
         )
@@ -112,13 +112,13 @@ def survey_case(case: Files, label_values: Sequence[int] = ()) -> Survey:
       volumes.VolumeError: see `volumes.read_geometry` and `volumes.read_raw_label`; label values
         that are no whole numbers 0..65535.
     """
-    shape, spacing_mm, affine = volumes.read_geometry(case.image)
+    shape, spacing_mm, affine = nifti.read_geometry(case.image)
     orientation = "".join(axis or "?" for axis in nib.aff2axcodes(affine))
     if case.label is None:
         return Survey(case.case_id, shape, spacing_mm, orientation, {}, (0.0, 0.0, 0.0))
     no_voxels = np.broadcast_to(np.float32(0), shape)  # the label needs its image's geometry only
-    image = volumes.Volume(no_voxels, None, affine, spacing_mm)
-    label = whole_numbers(case.label, volumes.read_raw_label(case.label, image, case.image))
+    image = nifti.Volume(no_voxels, None, affine, spacing_mm)
+    label = whole_numbers(case.label, nifti.read_raw_label(case.label, image, case.image))
     counts = np.bincount(label.ravel())
     voxels = {int(v): int(counts[v]) for v in np.flatnonzero(counts)}
     table = np.zeros(len(counts), bool)
@@ -135,7 +135,7 @@ def whole_numbers(path: Path, label: np.ndarray) -> np.ndarray:
     with np.errstate(invalid="ignore"):
         whole = label.astype(np.uint16)
     if not np.array_equal(whole, label):
-        volumes.check_label_values(path, label, volumes.MAX_LABEL_VALUE)
+        nifti.check_label_values(path, label, nifti.MAX_LABEL_VALUE)
     return whole
 
 
@@ -186,18 +186,18 @@ def propose_label_values(folder: Path, surveys: Sequence[Survey]) -> tuple[int, 
     values = sorted({v for s in masks for v in s.voxels} - {0})
     if not values:
         found = "all of them empty" if masks else "so no case has a mask"
-        raise volumes.VolumeError(
+        raise nifti.VolumeError(
             f"{folder}: {len(masks)} label files, {found}; wanted at least two masks, in labels/ "
             "or labelsTr/, called like their images"
         )
     if len(values) >= MAX_CLASSES:
-        raise volumes.VolumeError(
+        raise nifti.VolumeError(
             f"{folder}: masks show {len(values)} values ({', '.join(map(str, values[:8]))}, ...); "
             f"wanted fewer than {MAX_CLASSES}: are these images? Or set data.label_values"
         )
     ignored = [v for v, name in listed_names(folder).items() if name == "ignore" and v in values]
     if ignored:
-        raise volumes.VolumeError(
+        raise nifti.VolumeError(
             f"{folder / 'dataset.json'}: value {ignored[0]} is to be ignored, which lclseg cannot; "
             "set data.label_values to the values of the classes: others count as background"
         )
@@ -218,7 +218,7 @@ def listed_names(folder: Path) -> dict[int, str]:
     try:
         content = json.loads(path.read_text())
     except ValueError as error:
-        raise volumes.VolumeError(f"{path}: not readable as JSON ({error})") from error
+        raise nifti.VolumeError(f"{path}: not readable as JSON ({error})") from error
     labels = content.get("labels") if isinstance(content, dict) else None
     names = {}
     for key, value in labels.items() if isinstance(labels, dict) else ():
@@ -254,7 +254,7 @@ def complete(config: ConfigDict) -> tuple[ConfigDict, str]:
     config = config.copy_and_resolve_references()
     data = config.data
     if not data.manual_dir:
-        raise volumes.VolumeError(
+        raise nifti.VolumeError(
             "data.manual_dir is not set; give the folder with your images/ and labels/ (or "
             "imagesTr/ and labelsTr/) as --config.data.manual_dir=PATH"
         )
@@ -305,12 +305,12 @@ def survey(files: Sequence[Files], label_values: Sequence[int] = ()) -> list[Sur
 def check_classes(label_values: Sequence[int], class_names: Sequence[str]) -> None:
     """Raises VolumeError unless values and names are as many, and each different."""
     if len(set(class_names)) != len(class_names) or len(set(label_values)) != len(label_values):
-        raise volumes.VolumeError(
+        raise nifti.VolumeError(
             f"data.class_names are {class_names} and data.label_values {label_values}; wanted each "
             "one different"
         )
     if len(class_names) != len(label_values):
-        raise volumes.VolumeError(
+        raise nifti.VolumeError(
             f"data.class_names are {len(class_names)}, data.label_values {len(label_values)} "
             f"{tuple(label_values)}; wanted a name for each value but 0"
         )

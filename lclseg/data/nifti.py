@@ -1,11 +1,6 @@
-"""NIfTI volumes: reading with checks, writing, and the maps between native and training geometry.
+"""NIfTI files: reading with checks, writing, and the order of their axes.
 
-Letters: X Y S native volume (slices on the last axis, see `slices_last`), H W training grid. No JAX
-in here, so that preprocessing workers start fast.
-
-One map per in-plane axis does resampling and crop-or-pad together: training pixel o lies at the
-native index (o - (H - 1) / 2) * target / spacing + (X - 1) / 2; the centres of both grids coincide
-and both spacings are kept exactly. The way back is the same map solved for o.
+Letters: X Y S native volume (slices on the last axis, see `slices_last`), C classes.
 """
 
 import contextlib
@@ -23,7 +18,6 @@ AFFINE_TOLERANCE = 1e-3
 MAX_VOXELS = 2**28  # 1024 x 1024 x 256
 MAX_HEADER_BYTES = 2**20  # with its extensions
 MAX_LABEL_VALUE = 2**16 - 1
-PERCENTILES = (1, 99)  # of a volume's intensities, mapped to 0 and 1
 # Of a NIfTI header: where the voxels lie, and in which units.
 GEOMETRY_FIELDS = (
     *("pixdim", "xyzt_units", "qform_code", "sform_code"),
@@ -328,139 +322,3 @@ def write_label(
     file.header.set_xyzt_units("mm")
     path.parent.mkdir(parents=True, exist_ok=True)
     nib.save(file, path)
-
-
-def normalize_intensity(image: np.ndarray) -> np.ndarray:
-    """Maps the volume's 1st percentile to 0 and its 99th to 1, without clipping; float32.
-
-    Where these two coincide (a nearly empty volume), minimum and maximum take their place.
-    """
-    low, high = np.percentile(image, PERCENTILES)
-    if not high > low:
-        low, high = image.min(), image.max()
-    return ((image - low) / (high - low)).astype(np.float32)
-
-
-def _source_index(num_out, spacing_out, num_in, spacing_in) -> np.ndarray:
-    """Index in a line of `num_in` samples under each of `num_out`, centres aligned; [num_out]."""
-    millimetres = (np.arange(num_out) - (num_out - 1) / 2) * spacing_out
-    # Rounded, so that indices midway between two samples all go to the same side: of equal spacings
-    # the nearest neighbour must neither repeat nor lose a row.
-    return np.round(millimetres / spacing_in + (num_in - 1) / 2, 6)
-
-
-def _linear_index(
-    num_out: int, spacing_out: float, num_in: int, spacing_in: float
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """(sample before, sample after, share of the one after, whether inside); each [num_out].
-
-    Centres are aligned. Up to half a sample beyond the outermost ones is inside and repeats them.
-    """
-    index = _source_index(num_out, spacing_out, num_in, spacing_in)
-    inside = (index >= -0.5) & (index <= num_in - 0.5)
-    index = np.clip(index, 0, num_in - 1)
-    low = np.minimum(np.floor(index).astype(int), max(num_in - 2, 0))
-    high = np.minimum(low + 1, num_in - 1)
-    return low, high, (index - low).astype(np.float32), inside
-
-
-def linear_matrix(num_out: int, spacing_out: float, num_in: int, spacing_in: float) -> np.ndarray:
-    """[num_out, num_in] float32 weights of linear interpolation along one axis, centres aligned.
-
-    Rows beyond the outermost input samples by up to half a sample repeat the outermost; further
-    out they are zero (padding).
-    """
-    low, high, share, inside = _linear_index(num_out, spacing_out, num_in, spacing_in)
-    matrix = np.zeros((num_out, num_in), np.float32)
-    rows = np.arange(num_out)
-    np.add.at(matrix, (rows, low), 1 - share)
-    np.add.at(matrix, (rows, high), share)
-    return matrix * inside[:, None]
-
-
-def _nearest_index(num_out, spacing_out, num_in, spacing_in) -> tuple[np.ndarray, np.ndarray]:
-    index = _source_index(num_out, spacing_out, num_in, spacing_in)
-    inside = (index >= -0.5) & (index < num_in - 0.5)
-    return np.clip(np.floor(index + 0.5).astype(int), 0, num_in - 1), inside
-
-
-def image_to_grid(image, spacing_mm, *, image_size: int, target_spacing_mm: float) -> np.ndarray:
-    """Resamples linearly and crops or zero-pads about the centre: [X, Y, S] -> [S, H, W] float32.
-
-    Args:
-      image: [X, Y, S] float.
-      spacing_mm: native (x, y, ...) spacing.
-      image_size: H = W.
-      target_spacing_mm: in-plane spacing of the training grid. Through-plane stays as it is.
-    """
-    grid = np.asarray(image, np.float32).T  # [S, Y, X], the order of the file
-    for axis, spacing in ((1, spacing_mm[1]), (2, spacing_mm[0])):
-        # Not by `linear_matrix`: nearly all of it is zero, and volumes are prepared in threads that
-        # those of a matrix product would disturb.
-        low, high, share, inside = _linear_index(
-            image_size, target_spacing_mm, grid.shape[axis], spacing
-        )
-        shape = [1, 1, 1]
-        shape[axis] = image_size
-        share, inside = share.reshape(shape), inside.reshape(shape)
-        before, after = grid.take(low, axis), grid.take(high, axis)
-        grid = (before + (after - before) * share) * inside
-    return grid.swapaxes(1, 2)
-
-
-def label_to_grid(label, spacing_mm, *, image_size: int, target_spacing_mm: float) -> np.ndarray:
-    """As `image_to_grid`, nearest neighbour, background outside: [X, Y, S] int -> [S, H, W]."""
-    x, y = label.shape[:2]
-    rows, row_inside = _nearest_index(image_size, target_spacing_mm, x, spacing_mm[0])
-    columns, column_inside = _nearest_index(image_size, target_spacing_mm, y, spacing_mm[1])
-    slices = np.moveaxis(label, 2, 0)[:, rows[:, None], columns[None, :]]
-    return np.where(row_inside[:, None] & column_inside[None, :], slices, 0).astype(label.dtype)
-
-
-def _native_maps(probs, spacing_mm, shape, target_spacing_mm) -> tuple[np.ndarray, np.ndarray]:
-    """Interpolation along X [X, H] and Y [Y, W]: zero in rows outside the training grid."""
-    height, width = probs.shape[1:3]
-    return (
-        linear_matrix(shape[0], spacing_mm[0], height, target_spacing_mm),
-        linear_matrix(shape[1], spacing_mm[1], width, target_spacing_mm),
-    )
-
-
-def _native_slices(probs, rows, columns) -> Iterator[np.ndarray]:
-    """Yields the probabilities [C, X, Y] of each slice, all zero outside the training grid."""
-    for grid in probs:
-        yield rows @ np.moveaxis(grid, 2, 0).astype(np.float32) @ columns.T
-
-
-def probs_to_native_label(probs, spacing_mm, shape, *, target_spacing_mm: float) -> np.ndarray:
-    """Inverse of `image_to_grid` for class probabilities, followed by argmax.
-
-    Args:
-      probs: [S, H, W, C] float.
-      spacing_mm: native spacing.
-      shape: native (X, Y).
-      target_spacing_mm: spacing of the grid that `probs` live on.
-
-    Returns:
-      [X, Y, S] uint8. Native pixels outside the training grid are background.
-    """
-    rows, columns = _native_maps(probs, spacing_mm, shape, target_spacing_mm)
-    label = np.empty((shape[0], shape[1], len(probs)), np.uint8)
-    for s, native in enumerate(_native_slices(probs, rows, columns)):
-        label[..., s] = native.argmax(axis=0)  # all zero outside the grid: argmax gives class 0
-    return label
-
-
-def probs_to_native(probs, spacing_mm, shape, *, target_spacing_mm: float) -> np.ndarray:
-    """The probabilities whose argmax is `probs_to_native_label`; arguments as there.
-
-    Returns:
-      [X, Y, S, C] float32. Native pixels outside the training grid are background, with
-      probability 1.
-    """
-    rows, columns = _native_maps(probs, spacing_mm, shape, target_spacing_mm)
-    native = np.empty((shape[0], shape[1], len(probs), probs.shape[3]), np.float32)
-    for s, of_slice in enumerate(_native_slices(probs, rows, columns)):
-        native[:, :, s] = np.moveaxis(of_slice, 0, 2)
-    native[~(rows.any(axis=1, keepdims=True) & columns.any(axis=1)), :, 0] = 1
-    return native

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lclseg.prepared import VolumeEntry
+from lclseg.data.dataset import VolumeEntry
 
 ROLES = ("labeled", "unlabeled", "validation", "test")
 VALIDATION_PATIENTS = 2

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from lclseg import volumes
-from lclseg.volumes import VolumeError
+from lclseg.data import grid, nifti
+from lclseg.data.nifti import VolumeError
 
 AFFINE = np.array(
     [[-1.5, 0.1, 0, 40], [0.05, -0.8, 0.3, -20], [0, 0.2, 7.5, 5], [0, 0, 0, 1]], np.float64
@@ -45,10 +45,10 @@ def test_image_to_grid_equals_map_coordinates(shape, spacing, size, target):
         ndimage.map_coordinates(image[..., s], index, order=1, mode="nearest") * inside
         for s in range(shape[2])
     ]
-    grid = volumes.image_to_grid(image, (*spacing, 5.0), image_size=size, target_spacing_mm=target)
-    assert grid.dtype == np.float32
-    assert grid.any()
-    np.testing.assert_allclose(grid, expected, atol=1e-5)
+    found = grid.image_to_grid(image, (*spacing, 5.0), image_size=size, target_spacing_mm=target)
+    assert found.dtype == np.float32
+    assert found.any()
+    np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize(("shape", "spacing", "size", "target"), GRIDS.values(), ids=GRIDS)
@@ -61,9 +61,9 @@ def test_label_to_grid_takes_the_nearest_pixel(shape, spacing, size, target):
             if abs(x) < shape[0] * spacing[0] / 2 and abs(y) < shape[1] * spacing[1] / 2:
                 nearest = np.abs(native_x - x).argmin(), np.abs(native_y - y).argmin()
                 expected[:, i, j] = label[nearest]
-    grid = volumes.label_to_grid(label, (*spacing, 5.0), image_size=size, target_spacing_mm=target)
-    assert grid.dtype == np.uint8
-    np.testing.assert_array_equal(grid, expected)
+    found = grid.label_to_grid(label, (*spacing, 5.0), image_size=size, target_spacing_mm=target)
+    assert found.dtype == np.uint8
+    np.testing.assert_array_equal(found, expected)
 
 
 def test_distances_in_mm_are_kept():
@@ -72,24 +72,24 @@ def test_distances_in_mm_are_kept():
     x, y = (positions_mm(shape[a], spacing[a]) for a in (0, 1))
     image = (3 * x[:, None] - 2 * y + 1)[..., None]
     x, y = [positions_mm(32, 1.25)] * 2
-    grid = volumes.image_to_grid(image, (*spacing, 8.0), image_size=32, target_spacing_mm=1.25)
-    np.testing.assert_allclose(grid[0], 3 * x[:, None] - 2 * y + 1, atol=1e-4)
+    found = grid.image_to_grid(image, (*spacing, 8.0), image_size=32, target_spacing_mm=1.25)
+    np.testing.assert_allclose(found[0], 3 * x[:, None] - 2 * y + 1, atol=1e-4)
 
 
 @pytest.mark.parametrize("spacing", [1.0, 0.625, 1.36719, float(np.float32(1.36719))])
 @pytest.mark.parametrize("size", [12, 13])
 def test_identity_where_spacing_and_size_match(spacing, size):
     image = noise((size, size, 3))
-    grid = {"image_size": size, "target_spacing_mm": spacing}
+    kwargs = {"image_size": size, "target_spacing_mm": spacing}
     spacing_mm = (spacing, spacing, 10.0)
     np.testing.assert_allclose(
-        volumes.image_to_grid(image, spacing_mm, **grid), np.moveaxis(image, 2, 0), atol=1e-5
+        grid.image_to_grid(image, spacing_mm, **kwargs), np.moveaxis(image, 2, 0), atol=1e-5
     )
     label = (image > 0).astype(np.uint8)
-    on_grid = volumes.label_to_grid(label, spacing_mm, **grid)
+    on_grid = grid.label_to_grid(label, spacing_mm, **kwargs)
     np.testing.assert_array_equal(on_grid, np.moveaxis(label, 2, 0))
     probs = np.eye(2, dtype=np.float32)[on_grid]
-    back = volumes.probs_to_native_label(probs, spacing_mm, (size, size), target_spacing_mm=spacing)
+    back = grid.probs_to_native_label(probs, spacing_mm, (size, size), target_spacing_mm=spacing)
     np.testing.assert_array_equal(back, label)
 
 
@@ -101,11 +101,11 @@ def test_crop_and_pad_about_the_centre(native, size):
     line = image[:, 0, 0]
     expected = line[cut : cut + size] if cut > 0 else np.pad(line, -cut)
     for spacing in (1.0, 1.36719):
-        grid = {"image_size": size, "target_spacing_mm": spacing}
-        on_grid = volumes.image_to_grid(image, (spacing, spacing, 1), **grid)[0]
+        kwargs = {"image_size": size, "target_spacing_mm": spacing}
+        on_grid = grid.image_to_grid(image, (spacing, spacing, 1), **kwargs)[0]
         np.testing.assert_allclose(on_grid[:, size // 2], expected, rtol=1e-5)
         np.testing.assert_array_equal(on_grid[size // 2] > 0, expected > 0)  # columns as rows
-        label = volumes.label_to_grid(image.astype(np.uint8), (spacing, spacing, 1), **grid)[0]
+        label = grid.label_to_grid(image.astype(np.uint8), (spacing, spacing, 1), **kwargs)[0]
         np.testing.assert_array_equal(label[:, size // 2], expected)
 
 
@@ -115,12 +115,12 @@ def test_crop_to_a_size_of_other_parity(spacing, native, size):
     """The grid lies half a pixel off: means of neighbours; labels all move to one same side."""
     line = np.arange(native, dtype=np.int32)
     ramp = line[:, None, None] * np.ones((1, 8, 1), np.int32)
-    grid = {"image_size": size, "target_spacing_mm": spacing}
-    image = volumes.image_to_grid(ramp, (spacing, spacing, 1), **grid)[0, :, size // 2]
+    kwargs = {"image_size": size, "target_spacing_mm": spacing}
+    image = grid.image_to_grid(ramp, (spacing, spacing, 1), **kwargs)[0, :, size // 2]
     low = (native - size) // 2
     expected = (line[:-1] + line[1:]) / 2
     np.testing.assert_allclose(image, expected[low : low + size], rtol=1e-5)
-    label = volumes.label_to_grid(ramp, (spacing, spacing, 1), **grid)[0, :, size // 2]
+    label = grid.label_to_grid(ramp, (spacing, spacing, 1), **kwargs)[0, :, size // 2]
     assert set(np.diff(label)) == {1}  # no pixel twice, none left out
 
 
@@ -152,15 +152,15 @@ def test_round_trip(shape, spacing, size, target, radii, kind):
     depth = ellipse_depth(shape, spacing, radii)
     label = (depth > 0).astype(np.uint8)
     spacing_mm = (*spacing, 6.0)
-    grid = {"image_size": size, "target_spacing_mm": target}
+    kwargs = {"image_size": size, "target_spacing_mm": target}
     if kind == "probabilities":
         inside = 1 / (1 + np.exp(-depth / 2))
         probs = np.stack(
-            [volumes.image_to_grid(p, spacing_mm, **grid) for p in (1 - inside, inside)], axis=-1
+            [grid.image_to_grid(p, spacing_mm, **kwargs) for p in (1 - inside, inside)], axis=-1
         )
     else:
-        probs = np.eye(2)[volumes.label_to_grid(label, spacing_mm, **grid)]
-    native = volumes.probs_to_native_label(probs, spacing_mm, shape[:2], target_spacing_mm=target)
+        probs = np.eye(2)[grid.label_to_grid(label, spacing_mm, **kwargs)]
+    native = grid.probs_to_native_label(probs, spacing_mm, shape[:2], target_spacing_mm=target)
     assert native.shape == shape
     assert native.dtype == np.uint8
     assert dice(native == 1, label == 1) > 0.97
@@ -170,9 +170,7 @@ def test_native_pixels_outside_the_grid_are_background():
     shape, spacing, size, target = (50, 41, 3), (1.1, 1.7), 24, 1.3
     probs = np.zeros((3, size, size, 4), np.float32)
     probs[..., 2] = 1
-    native = volumes.probs_to_native_label(
-        probs, (*spacing, 9.0), shape[:2], target_spacing_mm=target
-    )
+    native = grid.probs_to_native_label(probs, (*spacing, 9.0), shape[:2], target_spacing_mm=target)
     x, y = (np.abs(positions_mm(shape[a], spacing[a])) < size * target / 2 for a in (0, 1))
     expected = np.where(x[:, None] & y, 2, 0)
     assert 0 < expected.astype(bool).sum() < expected.size
@@ -182,9 +180,9 @@ def test_native_pixels_outside_the_grid_are_background():
 def test_a_label_map_beyond_the_crop_comes_back_where_the_grid_was():
     """Stripes of three classes fill the native volume; what the crop cut stays background."""
     label = np.repeat(np.arange(90) // 30, 80).reshape(90, 80).T[..., None].astype(np.uint8) + 1
-    grid = {"image_size": 32, "target_spacing_mm": 1.0}
-    on_grid = volumes.label_to_grid(label, (1.0, 1.0, 5.0), **grid)
-    back = volumes.probs_to_native_label(
+    kwargs = {"image_size": 32, "target_spacing_mm": 1.0}
+    on_grid = grid.label_to_grid(label, (1.0, 1.0, 5.0), **kwargs)
+    back = grid.probs_to_native_label(
         np.eye(4)[on_grid], (1.0, 1.0, 5.0), (80, 90), target_spacing_mm=1.0
     )
     expected = np.zeros_like(label)
@@ -195,7 +193,7 @@ def test_a_label_map_beyond_the_crop_comes_back_where_the_grid_was():
 def test_normalize_intensity_by_hand():
     """Of 0, 1, ..., 100 the 1st percentile is 1, the 99th 99: v becomes (v - 1) / 98, unclipped."""
     values = np.random.default_rng(0).permutation(101).astype(np.float32)
-    normalized = volumes.normalize_intensity((values * 4 - 30).reshape(101, 1, 1))
+    normalized = grid.normalize_intensity((values * 4 - 30).reshape(101, 1, 1))
     assert normalized.dtype == np.float32
     np.testing.assert_allclose(normalized.ravel(), (values - 1) / 98, atol=1e-6)
 
@@ -203,7 +201,7 @@ def test_normalize_intensity_by_hand():
 def test_normalize_intensity_of_a_nearly_empty_volume():
     image = np.full((20, 20, 3), 2.0, np.float32)
     image[3, 4, 1], image[5, 6, 2] = 10, 6
-    normalized = volumes.normalize_intensity(image)
+    normalized = grid.normalize_intensity(image)
     assert np.unique(normalized).tolist() == [0, 0.5, 1]
 
 
@@ -224,7 +222,7 @@ def test_read_image(tmp_path):
     file.header.set_slope_inter(0.5, 100)
     nib.save(file, path)
     stored = nib.load(path).get_fdata()
-    volume = volumes.read_image(path)
+    volume = nifti.read_image(path)
     assert volume.image.dtype == np.float32
     np.testing.assert_allclose(volume.image, stored, rtol=1e-6)
     assert volume.label is None
@@ -292,7 +290,7 @@ def test_read_image_errors(tmp_path, kind, message):
     path = tmp_path / "patient007_frame01.nii.gz"
     make_bad_image(path, kind)
     with pytest.raises(VolumeError, match=message) as caught:
-        volumes.read_image(path)
+        nifti.read_image(path)
     assert str(caught.value).startswith(str(path))
 
 
@@ -303,14 +301,14 @@ LABEL = np.random.default_rng(1).integers(0, 4, (4, 5, 3)).astype(np.uint8)
 def pair(tmp_path):
     """(label path, image, image path), the image written and read, the label not yet written."""
     image_path = write_nifti(tmp_path / "image.nii.gz", noise((4, 5, 3)))
-    return tmp_path / "label.nii.gz", volumes.read_image(image_path), image_path
+    return tmp_path / "label.nii.gz", nifti.read_image(image_path), image_path
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "int16", "int64", "float32", "float64"])
 def test_read_label(pair, dtype):
     """Floats are as good as integers if they are whole."""
     nib.save(nib.Nifti1Image(LABEL.astype(dtype), AFFINE, dtype=np.dtype(dtype)), pair[0])
-    label = volumes.read_label(*pair, num_classes=4)
+    label = nifti.read_label(*pair, num_classes=4)
     assert label.dtype == np.uint8
     np.testing.assert_array_equal(label, LABEL)
 
@@ -340,26 +338,26 @@ def test_read_label_errors(pair, data, affine, message):
     path, _, image_path = pair
     write_nifti(path, np.ascontiguousarray(data), affine=affine)
     with pytest.raises(VolumeError, match=message.format(image=image_path)) as caught:
-        volumes.read_label(*pair, num_classes=4)
+        nifti.read_label(*pair, num_classes=4)
     assert str(caught.value).startswith(str(path))
 
 
 def test_read_label_missing(pair):
     with pytest.raises(VolumeError, match=f"{pair[0]}: no such file"):
-        volumes.read_label(*pair, num_classes=4)
+        nifti.read_label(*pair, num_classes=4)
 
 
 def test_label_within_the_affine_tolerance(pair):
     """Headers rewritten by other software differ in the last digits."""
     write_nifti(pair[0], LABEL, affine=AFFINE + 2e-4)
-    np.testing.assert_array_equal(volumes.read_label(*pair, num_classes=4), LABEL)
+    np.testing.assert_array_equal(nifti.read_label(*pair, num_classes=4), LABEL)
 
 
 def test_write_label(tmp_path):
     """All of the geometry goes into the file, spacing even where the affine says another one."""
     path = tmp_path / "a" / "b" / "label.nii.gz"
     spacing_mm = (1.25, 0.75, 8.0)
-    volumes.write_label(path, LABEL.astype(np.int64), AFFINE, spacing_mm)
+    nifti.write_label(path, LABEL.astype(np.int64), AFFINE, spacing_mm)
     file = nib.load(path)
     assert file.shape == LABEL.shape
     assert file.get_data_dtype() == np.uint8
@@ -371,6 +369,6 @@ def test_write_label(tmp_path):
 
 def test_written_label_belongs_to_its_image(pair):
     path, image, image_path = pair
-    volumes.write_label(path, LABEL, image.affine, image.spacing_mm)
-    label = volumes.read_label(path, image, image_path, num_classes=4)
+    nifti.write_label(path, LABEL, image.affine, image.spacing_mm)
+    label = nifti.read_label(path, image, image_path, num_classes=4)
     np.testing.assert_array_equal(label, LABEL)

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow_datasets as tfds
 
-from lclseg import volumes
-from lclseg.preprocessing import Preprocessing
+from lclseg.data import nifti
+from lclseg.data.preprocess import Preprocessing
 
 logger = logging.getLogger("lclseg")
 
@@ -147,7 +147,7 @@ def open_prepared(
     )
     if not builder.is_prepared():
         if not prepare:
-            raise volumes.VolumeError(
+            raise nifti.VolumeError(
                 f"data set {name} is not prepared in {builder.data_dir}; training prepares it"
             )
         _prepare(builder, name, manual_dir)
@@ -189,7 +189,7 @@ def open_builder(
     except ModuleNotFoundError as error:
         if error.name is None or not module_name.startswith(error.name):
             raise
-        raise volumes.VolumeError(
+        raise nifti.VolumeError(
             f"data.name is {name!r}, but there is no tfds_builders/{name}/{name}_dataset_builder.py"
         ) from None
     from tfds_builders import slices  # here: lclseg imports without the builders
@@ -223,16 +223,16 @@ def _prepare(builder: tfds.core.DatasetBuilder, name: str, manual_dir: str) -> N
     instructions = builder.MANUAL_DOWNLOAD_INSTRUCTIONS
     if instructions:
         if not manual_dir:
-            raise volumes.VolumeError(
+            raise nifti.VolumeError(
                 f"data set {name} is not prepared in {builder.data_dir}, and data.manual_dir is "
                 f"not set. {instructions}"
             )
         folder = Path(manual_dir).expanduser()
         manual_dir = str(folder)
         if not folder.is_dir():
-            raise volumes.VolumeError(f"data.manual_dir: no folder {folder}. {instructions}")
+            raise nifti.VolumeError(f"data.manual_dir: no folder {folder}. {instructions}")
         if not any(folder.iterdir()):
-            raise volumes.VolumeError(f"data.manual_dir: {folder} is empty. {instructions}")
+            raise nifti.VolumeError(f"data.manual_dir: {folder} is empty. {instructions}")
     logger.info("preparing data set %s in %s", name, builder.data_dir)
     tfds.disable_progress_bar()  # the builders show their own, by volume
     with contextlib.redirect_stdout(io.StringIO()):  # TFDS tells of a download that there is not

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lclseg.prepared import PreparedSet
+from lclseg.data.dataset import PreparedSet
 from lclseg.pseudo_labels import PseudoLabels
 
 LABELED_STREAM, PAIR_STREAM = 0, 1

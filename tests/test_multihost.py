@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from small_run import SHORT, STAGES, Program, end_of, newest_state
 
-from lclseg import processes
-from lclseg.configuration import ConfigError
+from lclseg.run import multihost
+from lclseg.run.config_checks import ConfigError
 
 NUM_PROCESSES = 2
 GIVEN = {
@@ -32,9 +32,9 @@ STEP_BY_STEP = (
 
 
 def test_settings_of_a_cluster():
-    assert processes.settings({}) == {}
-    assert processes.settings({"JAX_PROCESS_ID": "", "HOME": "/"}) == {}
-    assert processes.settings(GIVEN) == {
+    assert multihost.settings({}) == {}
+    assert multihost.settings({"JAX_PROCESS_ID": "", "HOME": "/"}) == {}
+    assert multihost.settings(GIVEN) == {
         "coordinator_address": "host:1",
         "num_processes": 2,
         "process_id": 1,
@@ -51,16 +51,16 @@ def test_settings_of_a_cluster():
 )
 def test_wrong_settings_are_refused(change, message):
     with pytest.raises(ConfigError, match=message):
-        processes.settings(GIVEN | change)
+        multihost.settings(GIVEN | change)
 
 
 def test_shares_are_the_batch(monkeypatch):
-    monkeypatch.setattr(processes.jax, "process_count", lambda: 3)
+    monkeypatch.setattr(multihost.jax, "process_count", lambda: 3)
     batch = np.arange(12).reshape(6, 2)
     shares = []
     for index in range(3):
-        monkeypatch.setattr(processes.jax, "process_index", lambda index=index: index)
-        shares.append(processes.share(batch))
+        monkeypatch.setattr(multihost.jax, "process_index", lambda index=index: index)
+        shares.append(multihost.share(batch))
     np.testing.assert_array_equal(np.concatenate(shares), batch)
 
 

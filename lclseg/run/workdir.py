@@ -9,8 +9,8 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
-from lclseg.prepared import PreparedSet
-from lclseg.splits import Split
+from lclseg.data.dataset import PreparedSet
+from lclseg.data.splits import Split
 
 PACKAGES = ("lclseg", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 

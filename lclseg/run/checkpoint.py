@@ -19,7 +19,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 from orbax.checkpoint import options as ocp_options
 
-from lclseg import processes
+from lclseg.run import multihost
 from lclseg.steps import TrainState
 
 UNVALIDATED = -1.0  # below any Dice
@@ -54,7 +54,7 @@ def open_stage(folder: Path, *, read_only: bool = False) -> Iterator[ocp.Checkpo
     A checkpoint holds `state` (the TrainState) and `progress` (JSON). The newest and the one of
     highest validation Dice stay on disk.
     """
-    if not processes.is_first():
+    if not multihost.is_first():
         yield None
         return
     if not read_only:
@@ -71,7 +71,7 @@ def open_stage(folder: Path, *, read_only: bool = False) -> Iterator[ocp.Checkpo
         preservation_policy=policy,
         create=False,  # it cannot, for one of several processes
         multiprocessing_options=ocp_options.MultiprocessingOptions(
-            active_processes={0} if processes.several() else None
+            active_processes={0} if multihost.several() else None
         ),
         read_only=read_only,
     )
@@ -89,7 +89,7 @@ def open_stage(folder: Path, *, read_only: bool = False) -> Iterator[ocp.Checkpo
 
 def latest_step(manager: ocp.CheckpointManager | None) -> int:
     """Step of the newest checkpoint, 0 if there is none."""
-    return processes.json_from_first((manager and manager.latest_step()) or 0)
+    return multihost.json_from_first((manager and manager.latest_step()) or 0)
 
 
 def best(manager: ocp.CheckpointManager | None) -> tuple[int, float]:
@@ -97,7 +97,7 @@ def best(manager: ocp.CheckpointManager | None) -> tuple[int, float]:
     found = (0, UNVALIDATED)
     if manager is not None and (step := manager.best_step()) is not None:
         found = (step, manager.metrics(step)["dice"])
-    step, dice = processes.json_from_first(found)
+    step, dice = multihost.json_from_first(found)
     return step, dice
 
 
@@ -115,7 +115,7 @@ def save(
     if manager is None:
         return
     dice = UNVALIDATED if dice is None else dice
-    if processes.several():  # Orbax refuses JAX arrays that only one process has
+    if multihost.several():  # Orbax refuses JAX arrays that only one process has
         state = jax.tree.map(np.asarray, state)
     # Orbax finds a full disk in its threads, after the fact, and tells by the page. It writes
     # everything twice, besides some small files.
@@ -150,4 +150,4 @@ def restore(
         )
         restored = manager.restore(step, args=items)
         state, progress = restored["state"], restored["progress"]
-    return processes.arrays_from_first(state), processes.json_from_first(progress)
+    return multihost.arrays_from_first(state), multihost.json_from_first(progress)

@@ -8,11 +8,14 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from lclseg import checkpoint, preprocessing, run_files, steps
+from lclseg import steps
+from lclseg.data import preprocess
+from lclseg.data.dataset import open_builder, preprocessing_of
+from lclseg.data.preprocess import Preprocessing
 from lclseg.models import UNet
-from lclseg.prepared import open_builder, preprocessing_of
-from lclseg.preprocessing import Preprocessing
-from lclseg.run import make_optimizer
+from lclseg.run import checkpoint
+from lclseg.run.setup import make_optimizer
+from lclseg.run.workdir import read_json
 
 
 class ModelError(ValueError):
@@ -71,7 +74,7 @@ def load_run(workdir: Path, stage: str | None = None) -> TrainedModel:
       ModelError: no run, none of its checkpoints has been validated, or one that this version
         cannot read.
     """
-    content = run_files.read_json(workdir / "config.json")
+    content = read_json(workdir / "config.json")
     if content is None:
         raise ModelError(
             f"{workdir}: found neither config.json nor model.json; wanted the --workdir of a run, "
@@ -138,10 +141,10 @@ def _best_checkpoint(workdir: Path, only: str | None) -> tuple[str, int, float]:
 def _preprocessing(workdir: Path, config: ConfigDict) -> Preprocessing:
     """What the run recorded; of a run that did not yet do so, what the builder's code says."""
     path = workdir / "preprocessing.json"
-    content = run_files.read_json(path)
+    content = read_json(path)
     if content is not None:
         try:
-            return preprocessing.from_json(content, str(path))
+            return preprocess.from_json(content, str(path))
         except ValueError as error:
             raise ModelError(str(error)) from error
     builder = open_builder(
@@ -161,7 +164,7 @@ def _facts(workdir: Path, config: ConfigDict, stage: str, step: int, dice: float
     "seed"; "num_volumes", {role: int}, and "versions", None before the run's first test; "test",
     its means (see `metrics.summarize`, without volumes), None where this checkpoint is not tested.
     """
-    results = run_files.read_json(workdir / "results.json") or {}
+    results = read_json(workdir / "results.json") or {}
     tested = results.get("results", {}).get(stage)
     test = None
     # A stage may have become longer since, and better.

@@ -1,4 +1,4 @@
-"""`lclseg.validate` on folders with every kind of fault, and the reader on mutated files."""
+"""`lclseg.check_data` on folders with every kind of fault, and the reader on mutated files."""
 
 import gzip
 import re
@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from lclseg import validate, volumes
-from lclseg.nifti_folder import find_files
+from lclseg import check_data
+from lclseg.data import nifti
+from lclseg.data.layouts import find_files
 
 AFFINE = np.diag([1.0, 1.0, 4.0, 1.0])
 
@@ -48,7 +49,7 @@ def folder(tmp_path):
 
 
 def test_a_folder_without_problems(folder):
-    assert list(validate.problems_of_folder(folder)) == []
+    assert list(check_data.problems_of_folder(folder)) == []
     found = find_files(folder)
     assert [(f.case_id, f.label is not None) for f in found] == [
         ("case0", True),
@@ -156,7 +157,7 @@ FAULTS = {
 def test_each_fault_is_one_line(folder, part, spoil, message):
     path = folder / part / "case1.nii.gz"
     spoil(path)
-    (problem,) = validate.problems_of_folder(folder, 3)
+    (problem,) = check_data.problems_of_folder(folder, 3)
     assert problem.startswith(str(path))
     assert re.search(message, problem), problem
 
@@ -168,7 +169,7 @@ def test_all_problems_at_once_and_exit_code(folder):
     set_header(path, pixdim=(1, 0, 1, 1, 0, 0, 0, 0))
     write(folder / "labels" / "case0.nii.gz", label((0, 1, 9)))
     write(folder / "images" / "case1.nii", image())
-    command = [sys.executable, "-m", "lclseg.validate", f"--input={folder}", "--num_classes=3"]
+    command = [sys.executable, "-m", "lclseg.check_data", f"--input={folder}", "--num_classes=3"]
     ended = subprocess.run(command, capture_output=True, text=True)
     lines = ended.stdout.splitlines()
     assert ended.returncode == 1 and len(lines) == 4
@@ -177,7 +178,7 @@ def test_all_problems_at_once_and_exit_code(folder):
 
 
 def test_command_on_a_good_folder(folder):
-    command = [sys.executable, "-m", "lclseg.validate", f"--input={folder}"]
+    command = [sys.executable, "-m", "lclseg.check_data", f"--input={folder}"]
     ended = subprocess.run(command, capture_output=True, text=True)
     assert ended.returncode == 0
     assert ended.stdout == "3 images, 2 of them with a label: no problem found\n"
@@ -186,7 +187,7 @@ def test_command_on_a_good_folder(folder):
 @pytest.mark.parametrize("name", ["nowhere", "empty"])
 def test_nothing_there(tmp_path, name):
     (tmp_path / "empty").mkdir()
-    (problem,) = validate.problems_of_folder(tmp_path / name)
+    (problem,) = check_data.problems_of_folder(tmp_path / name)
     assert "no such folder" in problem or "no .nii or .nii.gz file" in problem
 
 
@@ -236,8 +237,8 @@ def test_reader_reads_or_raises_its_own_error(file):
         path = Path(folder) / f"mutated{suffix}"
         path.write_bytes(content)
         try:
-            volume = volumes.read_image(path)
-        except volumes.VolumeError as error:
+            volume = nifti.read_image(path)
+        except nifti.VolumeError as error:
             assert str(path) in str(error)
         else:
             assert volume.image.ndim == 3 and np.isfinite(volume.image).all()

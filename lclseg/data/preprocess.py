@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lclseg import volumes
+from lclseg.data import grid, nifti
 
 # What `to_slices` does whatever the values of a `Preprocessing`; stored beside them, so that a
 # version that does otherwise can tell.
-FIXED = {"percentiles": list(volumes.PERCENTILES)}
+FIXED = {"percentiles": list(grid.PERCENTILES)}
 MAX_IMAGE_SIZE = 4096
 
 
@@ -54,11 +54,11 @@ def to_slices(
     """N4, percentiles, resampling, crop or pad: [X, Y, S] -> [S, H, W] float32."""
     if n4_shrink_factor:
         # Here: a set that is not corrected does without SimpleITK and its second of import.
-        from lclseg.bias_field import correct_bias_field
+        from lclseg.data.bias_field import correct_bias_field
 
         image = correct_bias_field(image, spacing_mm, shrink_factor=n4_shrink_factor)
-    return volumes.image_to_grid(
-        volumes.normalize_intensity(image),
+    return grid.image_to_grid(
+        grid.normalize_intensity(image),
         spacing_mm,
         image_size=image_size,
         target_spacing_mm=target_spacing_mm,
@@ -99,9 +99,7 @@ def _are_names(value: Any) -> bool:
 
 
 def _are_label_values(value: Any) -> bool:
-    if not (
-        isinstance(value, list) and all(is_whole(v, 1, volumes.MAX_LABEL_VALUE) for v in value)
-    ):
+    if not (isinstance(value, list) and all(is_whole(v, 1, nifti.MAX_LABEL_VALUE) for v in value)):
         return False
     return len(set(value)) == len(value)
 
@@ -113,7 +111,7 @@ def _is_length(value: Any) -> bool:
 # Key: (is it right, what is wanted).
 WANTED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "class_names": (_are_names, "a list of different names"),
-    "label_values": (_are_label_values, f"different whole numbers 1..{volumes.MAX_LABEL_VALUE}"),
+    "label_values": (_are_label_values, f"different whole numbers 1..{nifti.MAX_LABEL_VALUE}"),
     "others_are_background": (lambda v: type(v) is bool, "true or false"),
     "image_size": (lambda v: is_whole(v, 1, MAX_IMAGE_SIZE), f"1..{MAX_IMAGE_SIZE}"),
     "target_spacing_mm": (_is_length, "a number above 0"),

@@ -7,21 +7,21 @@ import sys
 
 import pytest
 
-from lclseg import interruption
+from lclseg.run import stopping
 
 
-@pytest.mark.parametrize("number", interruption.SIGNALS)
+@pytest.mark.parametrize("number", stopping.SIGNALS)
 def test_a_signal_asks_and_handlers_are_put_back(number):
-    before = [signal.getsignal(s) for s in interruption.SIGNALS]
-    with interruption.stop_on_signals() as asked:
+    before = [signal.getsignal(s) for s in stopping.SIGNALS]
+    with stopping.stop_on_signals() as asked:
         assert not asked()
         os.kill(os.getpid(), number)
         assert asked()
-    assert [signal.getsignal(s) for s in interruption.SIGNALS] == before
+    assert [signal.getsignal(s) for s in stopping.SIGNALS] == before
 
 
-@pytest.mark.parametrize("first", interruption.SIGNALS)
-@pytest.mark.parametrize("second", interruption.SIGNALS)
+@pytest.mark.parametrize("first", stopping.SIGNALS)
+@pytest.mark.parametrize("second", stopping.SIGNALS)
 def test_a_second_signal_ends_the_process_at_once(first, second):
     """A process that never looks whether a stop was asked for."""
     program = (

@@ -15,8 +15,15 @@ import jax
 import optax
 from ml_collections import ConfigDict
 
-from lclseg import evaluation, parallel, preprocessing, processes, proposal, run_files, steps
-from lclseg.configuration import (
+from lclseg import evaluation, steps
+from lclseg.data import own_data, preprocess
+from lclseg.data.dataset import PreparedSet, open_prepared
+from lclseg.data.nifti import VolumeError
+from lclseg.data.splits import Split, SplitError, resolve_split
+from lclseg.models import UNet
+from lclseg.pseudo_labels import PseudoLabelError
+from lclseg.run import devices, multihost
+from lclseg.run.config_checks import (
     JOINT_ONLY,
     MACHINE_KEYS,
     ConfigError,
@@ -24,11 +31,7 @@ from lclseg.configuration import (
     differing_keys,
     refused_changes,
 )
-from lclseg.models import UNet
-from lclseg.prepared import PreparedSet, open_prepared
-from lclseg.pseudo_labels import PseudoLabelError
-from lclseg.splits import Split, SplitError, resolve_split
-from lclseg.volumes import VolumeError
+from lclseg.run.workdir import read_json, write_json, write_text
 
 # What the user can mend; a program shows the message and no traceback.
 USER_ERRORS = (ConfigError, SplitError, VolumeError, PseudoLabelError, FloatingPointError)
@@ -73,14 +76,14 @@ def set_up_process(config: ConfigDict) -> None:
     batch divides among them: XLA's CPU gradients hardly use threads; several devices do. No effect
     on GPU and TPU.
     """
-    cluster = processes.settings()
+    cluster = multihost.settings()
     cores = len(os.sched_getaffinity(0))
     common = math.gcd(config.data.labeled_batch_size, sum(config.data.pairs.values()))
     common = max(1, common // cluster.get("num_processes", 1))
     auto = max(n for n in range(1, cores + 1) if common % n == 0)
-    parallel.set_up_jax(config.num_cpu_devices or auto)
-    processes.connect(**cluster)
-    logger.setLevel(logging.INFO if processes.is_first() else logging.ERROR)
+    devices.set_up_jax(config.num_cpu_devices or auto)
+    multihost.connect(**cluster)
+    logger.setLevel(logging.INFO if multihost.is_first() else logging.ERROR)
 
 
 def open_data(config: ConfigDict) -> tuple[PreparedSet, Split]:
@@ -89,7 +92,7 @@ def open_data(config: ConfigDict) -> tuple[PreparedSet, Split]:
     Raises:
       ConfigError, SplitError, VolumeError: before any work is lost.
     """
-    with processes.first_goes_first():
+    with multihost.first_goes_first():
         prepared = open_prepared(
             config.data.name,
             image_size=config.data.image_size,
@@ -97,10 +100,10 @@ def open_data(config: ConfigDict) -> tuple[PreparedSet, Split]:
             n4_shrink_factor=config.data.n4_shrink_factor,
             data_dir=config.data.data_dir,
             manual_dir=config.data.manual_dir,
-            options=proposal.builder_options(config.data),
+            options=own_data.builder_options(config.data),
         )
     # Own data may be a mask to learn from, one to choose the checkpoint by, and no more.
-    own = config.data.name == proposal.NAME
+    own = config.data.name == own_data.NAME
     split = resolve_split(config.data, prepared.volumes, may_lack_test=own)
     if config.rounds.num_rounds and not split.unlabeled:
         raise ConfigError(
@@ -116,7 +119,7 @@ def prepare(config: ConfigDict) -> str:
     Raises:
       ConfigError, SplitError, VolumeError: as a run would.
     """
-    config, proposed = proposal.complete(config)
+    config, proposed = own_data.complete(config)
     check_config(config, num_devices=1)
     prepared, split = open_data(config)
     roles = ", ".join(f"{len(ids)} {role}" for role, ids in split._asdict().items())
@@ -143,7 +146,7 @@ def start_run(
         filters=tuple(config.model.filters),
         embedding_dim=config.model.embedding_dim,
         dtype=config.model.dtype,
-        axis_name=parallel.AXIS,
+        axis_name=devices.AXIS,
     )
     optimizers = {
         "baseline": make_optimizer(config.optimizer, config.rounds.baseline_steps),
@@ -153,7 +156,7 @@ def start_run(
         "model": model,
         "loss_options": steps.LossOptions(**config.loss),
         "augment_options": steps.AugmentOptions(**config.augment),
-        "axis_name": parallel.AXIS,
+        "axis_name": devices.AXIS,
     }
 
     def compiled(optimizer):
@@ -163,13 +166,13 @@ def start_run(
             ema_decay=config.optimizer.ema_decay,
             **options,
         )
-        return parallel.over_devices(step, donate_state=True)
+        return devices.over_devices(step, donate_state=True)
 
     claim_workdir(config, workdir)
     # With it a prediction needs neither the prepared set nor the code that made it.
-    how = preprocessing.to_json(prepared.preprocessing)
-    run_files.write_json(workdir / "preprocessing.json", how)
-    run_files.write_json(workdir / "splits.json", split._asdict())
+    how = preprocess.to_json(prepared.preprocessing)
+    write_json(workdir / "preprocessing.json", how)
+    write_json(workdir / "splits.json", split._asdict())
     statistics = functools.partial(steps.batch_statistics, **options)
     return Run(
         config=config,
@@ -180,9 +183,9 @@ def start_run(
         key=jax.random.key(config.seed),
         optimizers=optimizers,
         train_steps={kind: compiled(o) for kind, o in optimizers.items()},
-        batch_statistics=parallel.over_devices(statistics, donate_state=False),
-        predict=parallel.compiled_predict(model),
-        stop_asked=lambda: processes.any_process(stop_asked()),
+        batch_statistics=devices.over_devices(statistics, donate_state=False),
+        predict=devices.compiled_predict(model),
+        stop_asked=lambda: multihost.any_process(stop_asked()),
     )
 
 
@@ -202,7 +205,7 @@ def check_processes_agree(config: ConfigDict, prepared: PreparedSet) -> None:
             f"as many in each of the {jax.process_count()} processes"
         )
     own = json.loads(config.to_json_best_effort())
-    first = processes.json_from_first(own)
+    first = multihost.json_from_first(own)
     keys = [k for k in differing_keys(first, own) if k not in MACHINE_KEYS]
     if keys:
         raise ConfigError(
@@ -210,7 +213,7 @@ def check_processes_agree(config: ConfigDict, prepared: PreparedSet) -> None:
             "everywhere"
         )
     counts = {v: e.class_pixels.tolist() for v, e in prepared.volumes.items()}
-    if processes.json_from_first(counts) != counts:
+    if multihost.json_from_first(counts) != counts:
         raise ConfigError(
             f"the prepared set of {config.data.name} is not the first process' one; prepare it anew"
         )
@@ -238,7 +241,7 @@ def claim_workdir(config: ConfigDict, workdir: Path) -> None:
     elif workdir.exists() and any(p.name != "config.partial" for p in workdir.iterdir()):
         raise ConfigError(f"{workdir} is not empty and no lclseg run; choose another --workdir")
     workdir.mkdir(parents=True, exist_ok=True)
-    run_files.write_text(path, text)
+    write_text(path, text)
 
 
 def take_over_baseline(run: Run, results: dict) -> None:
@@ -248,7 +251,7 @@ def take_over_baseline(run: Run, results: dict) -> None:
       ConfigError: no finished baseline there, or one of another config.
     """
     source = Path(run.config.rounds.baseline_from).expanduser()
-    theirs = run_files.read_json(source / "results.json")
+    theirs = read_json(source / "results.json")
     if theirs is None or "baseline" not in theirs["results"]:
         raise ConfigError(f"rounds.baseline_from: no finished baseline in {source}")
     ours = json.loads((run.workdir / "config.json").read_text())
@@ -264,7 +267,7 @@ def take_over_baseline(run: Run, results: dict) -> None:
             continue
         shutil.copytree(source / folder, run.workdir / folder, dirs_exist_ok=True)
     results["results"]["baseline"] = theirs["results"]["baseline"]
-    run_files.write_json(run.workdir / "results.json", results)
+    write_json(run.workdir / "results.json", results)
 
 
 def initial_state(run: Run, number: int) -> steps.TrainState:
@@ -288,14 +291,14 @@ def predictor(
 
     It stops when asked to, if `stoppable`: not in validation, which belongs to the step before it.
     """
-    predict = parallel.batched_predictor(
+    predict = devices.batched_predictor(
         run.predict,
         state,
         batch_size=-(-run.config.data.eval_batch_size // jax.process_count()),
         refine=refine,
         stop_asked=run.stop_asked if stoppable else lambda: False,
     )
-    return processes.predict_together(predict)
+    return multihost.predict_together(predict)
 
 
 def evaluate_state(

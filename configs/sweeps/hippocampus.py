@@ -1,6 +1,6 @@
-"""What each part is worth on hippocampus, 64 x 64, 2 labelled volumes: a sweep for lclseg.ablation.
+"""What each part is worth on hippocampus, 64 x 64, 2 labelled volumes: a sweep for lclseg.sweep.
 
-  python -m lclseg.ablation --sweep=configs/ablations/hippocampus.py --manual_dir=Task04_Hippocampus
+  python -m lclseg.sweep --sweep=configs/sweeps/hippocampus.py --manual_dir=Task04_Hippocampus
 
 The same number of optimiser steps in every row; each joint row shares the baseline of its pair.
 """

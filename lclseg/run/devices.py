@@ -14,10 +14,11 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lclseg import processes, steps
+from lclseg import steps
 from lclseg.evaluation import Predict
-from lclseg.interruption import Interrupted
 from lclseg.models import UNet
+from lclseg.run import multihost
+from lclseg.run.stopping import Interrupted
 
 AXIS = "devices"
 logger = logging.getLogger("lclseg")
@@ -52,7 +53,7 @@ def over_devices(step: Callable, *, donate_state: bool) -> Callable:
         step,
         axis_name=AXIS,
         in_axes=(0, 0, None),
-        devices=processes.devices(),
+        devices=multihost.devices(),
         donate_argnums=(0,) if donate_state else (),
     )
 

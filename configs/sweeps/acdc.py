@@ -1,6 +1,6 @@
-"""What each part is worth on ACDC, 96 x 96, 1 labelled volume: a sweep for lclseg.ablation.
+"""What each part is worth on ACDC, 96 x 96, 1 labelled volume: a sweep for lclseg.sweep.
 
-  python -m lclseg.ablation --sweep=configs/ablations/acdc.py --manual_dir=ACDC/training
+  python -m lclseg.sweep --sweep=configs/sweeps/acdc.py --manual_dir=ACDC/training
 
 The same number of optimiser steps in every row. The test patients are in none of the paper's lists,
 so that the paper's own test patients stay unseen.

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lclseg import input_pipeline
-from lclseg.input_pipeline import PairComposition, Pool
-from lclseg.prepared import PreparedSet, VolumeEntry
-from lclseg.preprocessing import Preprocessing
+from lclseg.data import batches
+from lclseg.data.batches import PairComposition, Pool
+from lclseg.data.dataset import PreparedSet, VolumeEntry
+from lclseg.data.preprocess import Preprocessing
 from lclseg.pseudo_labels import PseudoLabels
 
 LABELED = np.array([3, 5, 8, 13, 21, 34])
@@ -21,11 +21,11 @@ COMPOSITION = PairComposition(labeled_self=2, pseudo_self=3, labeled_pseudo=4, p
 
 
 def draw_labeled(seed, step):
-    return input_pipeline.draw_labeled(seed, step, LABELED, 4)
+    return batches.draw_labeled(seed, step, LABELED, 4)
 
 
 def draw_pairs(seed, step):
-    return np.concatenate(input_pipeline.draw_pairs(seed, step, LABELED, PSEUDO, COMPOSITION), 1)
+    return np.concatenate(batches.draw_pairs(seed, step, LABELED, PSEUDO, COMPOSITION), 1)
 
 
 @pytest.mark.parametrize("draw", [draw_labeled, draw_pairs])
@@ -58,7 +58,7 @@ def test_labelled_slices_come_without_replacement():
 
 
 def test_a_batch_larger_than_the_pool_repeats_slices():
-    drawn = input_pipeline.draw_labeled(0, 0, LABELED[:2], 20)
+    drawn = batches.draw_labeled(0, 0, LABELED[:2], 20)
     assert drawn.shape == (20,)
     assert set(drawn) == {3, 5}
 
@@ -69,7 +69,7 @@ def test_a_batch_larger_than_the_pool_repeats_slices():
 def test_composition_of_pairs(composition):
     """Each kind as often as asked for, members from the right pool, marked as what they are."""
     for step in range(50):
-        pairs, is_pseudo = input_pipeline.draw_pairs(0, step, LABELED, PSEUDO, composition)
+        pairs, is_pseudo = batches.draw_pairs(0, step, LABELED, PSEUDO, composition)
         assert pairs.shape == is_pseudo.shape == (sum(composition), 2)
         assert is_pseudo.dtype == bool
         np.testing.assert_array_equal(is_pseudo, np.isin(pairs, PSEUDO))
@@ -87,7 +87,7 @@ def test_composition_of_pairs(composition):
 def test_pairs_of_two_pseudo_labelled_slices():
     """With two in the pool every pair holds both, in either order."""
     composition = PairComposition(0, 0, 0, 40)
-    pairs, _ = input_pipeline.draw_pairs(0, 0, LABELED, PSEUDO[:2], composition)
+    pairs, _ = batches.draw_pairs(0, 0, LABELED, PSEUDO[:2], composition)
     assert {tuple(p) for p in pairs.tolist()} == {(100, 104), (104, 100)}
 
 
@@ -111,7 +111,7 @@ POOL = Pool(
 )
 def test_slices_with_enough_classes(caplog, min_classes, at_least, expected):
     with caplog.at_level(logging.WARNING, logger="lclseg"):
-        found = input_pipeline.select_slices(
+        found = batches.select_slices(
             POOL, min_classes=min_classes, at_least=at_least, role="views"
         )
     assert found.tolist() == expected
@@ -133,7 +133,7 @@ def test_too_few_slices_relax_the_demand_class_by_class(
 ):
     """The most demanding number that leaves enough; one line in the log tells."""
     with caplog.at_level(logging.WARNING, logger="lclseg"):
-        found = input_pipeline.select_slices(
+        found = batches.select_slices(
             POOL, min_classes=min_classes, at_least=at_least, role="pseudo-labelled views"
         )
     assert found.tolist() == expected
@@ -145,7 +145,7 @@ def test_too_few_slices_relax_the_demand_class_by_class(
 
 def test_a_pool_that_is_too_small():
     with pytest.raises(ValueError, match="labelled batch: 6 slices; wanted at least 7"):
-        input_pipeline.select_slices(POOL, min_classes=1, at_least=7, role="labelled batch")
+        batches.select_slices(POOL, min_classes=1, at_least=7, role="labelled batch")
 
 
 # volume: number of slices. Their records follow one another in this order.
@@ -189,13 +189,13 @@ def pseudo_labels():
 
 
 def test_ground_truth_pool(prepared):
-    pool = input_pipeline.ground_truth_pool(prepared, ["other", "labelled"])
+    pool = batches.ground_truth_pool(prepared, ["other", "labelled"])
     assert pool.records.tolist() == [7, 8, 0, 1, 2]
     assert pool.class_pixels.tolist() == [[0, r, 0, 0] for r in (7, 8, 0, 1, 2)]
 
 
 def test_read_labeled(prepared):
-    batch = input_pipeline.read_labeled(prepared, np.array([8, 0, 8, 2]))
+    batch = batches.read_labeled(prepared, np.array([8, 0, 8, 2]))
     assert batch["image"].shape == batch["label"].shape == (4, 4, 4)
     assert batch["image"].dtype == np.float32 and batch["label"].dtype == np.uint8
     for name in ("image", "label"):
@@ -206,7 +206,7 @@ def test_read_labeled(prepared):
 def test_read_pairs_uses_pseudo_labels_and_never_the_hidden_truth(prepared, pseudo_labels):
     pairs = np.array([[0, 0], [6, 6], [2, 3], [5, 4]])
     is_pseudo = np.array([[False, False], [True, True], [False, True], [True, True]])
-    batch = input_pipeline.read_pairs(prepared, pseudo_labels, pairs, is_pseudo)
+    batch = batches.read_pairs(prepared, pseudo_labels, pairs, is_pseudo)
     assert set(batch) == {"pair_image", "pair_label"}
     assert batch["pair_image"].shape == batch["pair_label"].shape == (4, 2, 4, 4)
     assert batch["pair_image"].dtype == np.float32 and batch["pair_label"].dtype == np.uint8
@@ -218,35 +218,31 @@ def test_read_pairs_uses_pseudo_labels_and_never_the_hidden_truth(prepared, pseu
 
 
 def test_no_drawn_pair_ever_shows_the_hidden_truth(prepared, pseudo_labels):
-    labeled = input_pipeline.ground_truth_pool(prepared, ["labelled", "other"]).records
+    labeled = batches.ground_truth_pool(prepared, ["labelled", "other"]).records
     for step in range(30):
-        pairs, is_pseudo = input_pipeline.draw_pairs(
-            0, step, labeled, pseudo_labels.records, COMPOSITION
-        )
-        label = input_pipeline.read_pairs(prepared, pseudo_labels, pairs, is_pseudo)["pair_label"]
+        pairs, is_pseudo = batches.draw_pairs(0, step, labeled, pseudo_labels.records, COMPOSITION)
+        label = batches.read_pairs(prepared, pseudo_labels, pairs, is_pseudo)["pair_label"]
         assert not (label == POISON).any()
         np.testing.assert_array_equal(label[..., 0, 0], np.where(is_pseudo, 100 + pairs, pairs))
 
 
 def test_read_pairs_without_pseudo_labelled_slices(prepared, pseudo_labels):
     pairs = np.array([[0, 0], [1, 1]])
-    batch = input_pipeline.read_pairs(prepared, pseudo_labels, pairs, np.zeros((2, 2), bool))
+    batch = batches.read_pairs(prepared, pseudo_labels, pairs, np.zeros((2, 2), bool))
     assert batch["pair_label"][:, :, 0, 0].tolist() == [[0, 0], [1, 1]]
 
 
 def test_a_slice_marked_pseudo_without_a_pseudo_label(prepared, pseudo_labels):
     """An error: its ground truth must not slip in instead."""
     with pytest.raises(KeyError):
-        input_pipeline.read_pairs(
-            prepared, pseudo_labels, np.array([[2, 4]]), np.array([[True, True]])
-        )
+        batches.read_pairs(prepared, pseudo_labels, np.array([[2, 4]]), np.array([[True, True]]))
 
 
 @pytest.mark.parametrize("num_devices", [1, 2, 3, 6])
 def test_shard(num_devices):
     """Device n takes the n-th share, of every array."""
     batch = {"image": np.arange(6 * 4).reshape(6, 2, 2), "pair_label": np.arange(12).reshape(12, 1)}
-    shards = input_pipeline.shard(batch, num_devices)
+    shards = batches.shard(batch, num_devices)
     assert shards.keys() == batch.keys()
     for name, whole in batch.items():
         share = len(whole) // num_devices
@@ -258,8 +254,8 @@ def test_shard(num_devices):
 @pytest.mark.parametrize(("first", "last"), [(0, 7), (5, 7), (5, 6), (100, 103), (4, 4), (4, 3)])
 def test_read_ahead_delivers_every_step_once_and_in_order(first, last):
     steps = range(first, last)
-    batches = list(input_pipeline.read_ahead(lambda s: {"step": s}, first, last))
-    assert batches == [{"step": s} for s in steps]
+    found = list(batches.read_ahead(lambda s: {"step": s}, first, last))
+    assert found == [{"step": s} for s in steps]
 
 
 def test_read_ahead_works_in_one_other_thread_and_not_far_ahead():
@@ -270,8 +266,8 @@ def test_read_ahead_works_in_one_other_thread_and_not_far_ahead():
         made.append(step)
         return {"step": step}
 
-    for batch in input_pipeline.read_ahead(make, 0, 12):
-        assert max(made) <= batch["step"] + input_pipeline.PREFETCH
+    for batch in batches.read_ahead(make, 0, 12):
+        assert max(made) <= batch["step"] + batches.PREFETCH
     assert made == list(range(12))
     assert len(threads) == 1 and threading.get_ident() not in threads
 
@@ -284,10 +280,10 @@ def test_read_ahead_is_ahead():
         made[step].set()
         return {}
 
-    batches = input_pipeline.read_ahead(make, 0, 3)
-    next(batches)
+    ahead = batches.read_ahead(make, 0, 3)
+    next(ahead)
     assert made[1].wait(timeout=30)
-    batches.close()
+    ahead.close()
 
 
 def test_read_ahead_hands_errors_to_the_caller():
@@ -298,6 +294,6 @@ def test_read_ahead_hands_errors_to_the_caller():
 
     delivered = []
     with pytest.raises(OSError, match="disk gone at step 3"):
-        for batch in input_pipeline.read_ahead(make, 0, 10):
+        for batch in batches.read_ahead(make, 0, 10):
             delivered.append(batch["step"])
     assert delivered == [0, 1, 2]

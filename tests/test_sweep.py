@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from lclseg import ablation, train
+from lclseg import sweep as sweeps
+from lclseg import train
 
 ROOT = Path(__file__).parents[1]
 SWEEP = """
@@ -27,7 +28,7 @@ def sweep(tmp_path):
     for name in ("default.py", "phantom.py"):
         (tmp_path / name).write_text((ROOT / "configs" / name).read_text())
     (tmp_path / "sweep.py").write_text(SWEEP)
-    return ablation.load_sweep(tmp_path / "sweep.py")
+    return sweeps.load_sweep(tmp_path / "sweep.py")
 
 
 def fake_result(*dices, chosen="baseline"):
@@ -47,7 +48,7 @@ def fake_result(*dices, chosen="baseline"):
 
 
 def test_experiments_are_rows_times_pairs(sweep):
-    found = list(ablation.experiments(sweep))
+    found = list(sweeps.experiments(sweep))
     assert [(e.split, e.seed) for e in found] == [("c1", 0)] * 4 + [("c2", 7)] * 4
     assert [e.row for e in found[:4]] == list(sweep.rows)
     assert all((e.config.data.split, e.config.seed) == (e.split, e.seed) for e in found)
@@ -60,22 +61,22 @@ def test_experiments_are_rows_times_pairs(sweep):
 
 
 def test_an_unknown_key_in_a_row_is_refused(sweep):
-    with pytest.raises(ablation.SweepError, match="contrastive_wait"):
-        list(ablation.experiments(sweep._replace(rows={"a": {"loss.contrastive_wait": 1.0}})))
+    with pytest.raises(sweeps.SweepError, match="contrastive_wait"):
+        list(sweeps.experiments(sweep._replace(rows={"a": {"loss.contrastive_wait": 1.0}})))
 
 
 def test_a_sweep_file_that_is_none(tmp_path):
-    with pytest.raises(ablation.SweepError, match="no file"):
-        ablation.load_sweep(tmp_path / "sweep.py")
+    with pytest.raises(sweeps.SweepError, match="no file"):
+        sweeps.load_sweep(tmp_path / "sweep.py")
     (tmp_path / "sweep.py").write_text("CONFIG = 'phantom.py'; ROWS = {}")
-    with pytest.raises(ablation.SweepError, match="does not define PAIRS, BASE"):
-        ablation.load_sweep(tmp_path / "sweep.py")
+    with pytest.raises(sweeps.SweepError, match="does not define PAIRS, BASE"):
+        sweeps.load_sweep(tmp_path / "sweep.py")
 
 
 def test_mean_and_interval_by_hand():
     # t(0.975, 2 degrees of freedom) = 4.302653; standard deviation 1, over sqrt(3).
-    assert ablation.mean_and_interval([1.0, 2.0, 3.0]) == pytest.approx((2.0, 2.484138))
-    assert ablation.mean_and_interval([0.5]) == (0.5, None)
+    assert sweeps.mean_and_interval([1.0, 2.0, 3.0]) == pytest.approx((2.0, 2.484138))
+    assert sweeps.mean_and_interval([0.5]) == (0.5, None)
 
 
 def test_table_by_hand(sweep):
@@ -86,7 +87,7 @@ def test_table_by_hand(sweep):
         ("inter, 3 anchors", "c2", 7): fake_result(0.6, 0.87),
         ("every pixel", "c2", 7): fake_result(0.6, 0.9),
     }
-    lines = ablation.markdown(sweep, results).splitlines()
+    lines = sweeps.markdown(sweep, results).splitlines()
     assert lines[0] == (
         "| row | runs | test Dice | stage chosen | gain over supervised | RV | LV | HD95 |"
     )
@@ -102,7 +103,7 @@ def test_table_by_hand(sweep):
 
 
 def test_no_result_yet(sweep):
-    assert ablation.markdown(sweep, {}) == "no finished run yet"
+    assert sweeps.markdown(sweep, {}) == "no finished run yet"
 
 
 @pytest.fixture
@@ -124,7 +125,7 @@ def trained(monkeypatch):
 
 def test_a_sweep_shares_baselines_and_skips_what_is_finished(sweep, trained, tmp_path):
     workdir, folder = tmp_path / "runs", tmp_path / "results"
-    ablation.run_missing(sweep, workdir, folder)
+    sweeps.run_missing(sweep, workdir, folder)
     one_pair = [
         ("supervised", ""),  # other steps: a baseline of its own
         ("inter_3_anchors", ""),
@@ -136,14 +137,14 @@ def test_a_sweep_shares_baselines_and_skips_what_is_finished(sweep, trained, tmp
     assert (folder / "README.md").read_text().count("| every pixel") == 3
 
     trained.clear()
-    ablation.run_missing(sweep, workdir, folder)
+    sweeps.run_missing(sweep, workdir, folder)
     assert trained == []
     (folder / "every_pixel" / "c2_seed7.json").unlink()
     more = sweep._replace(pairs=(*sweep.pairs, ("c3", 1)), rows={**sweep.rows, "copy": {}})
     for path in sorted((workdir / "every_pixel" / "c2_seed7").iterdir()):
         path.unlink()
     (workdir / "every_pixel" / "c2_seed7").rmdir()
-    ablation.run_missing(more, workdir, folder)
+    sweeps.run_missing(more, workdir, folder)
     assert ("copy/c1_seed0", "inter_3_anchors") in trained
     assert ("every_pixel/c2_seed7", "inter_3_anchors") in trained
     assert ("every_pixel/c3_seed1", "inter_3_anchors") in trained
@@ -152,7 +153,7 @@ def test_a_sweep_shares_baselines_and_skips_what_is_finished(sweep, trained, tmp
 
 def test_a_result_holds_no_path_of_the_machine(sweep, trained, tmp_path):
     sweep.config.data.manual_dir = "/somewhere/private"
-    ablation.run_missing(sweep, tmp_path / "runs", tmp_path / "results")
+    sweeps.run_missing(sweep, tmp_path / "runs", tmp_path / "results")
     for path in (tmp_path / "results").rglob("*.json"):
         text = path.read_text()
         assert "private" not in text and str(tmp_path) not in text
@@ -161,21 +162,21 @@ def test_a_result_holds_no_path_of_the_machine(sweep, trained, tmp_path):
 
 def test_results_of_another_config_are_refused(sweep, trained, tmp_path):
     folder = tmp_path / "results"
-    ablation.run_missing(sweep, tmp_path / "runs", folder)
+    sweeps.run_missing(sweep, tmp_path / "runs", folder)
     changed = sweep._replace(rows={**sweep.rows, "every pixel": {"loss.temperature": 0.5}})
-    with pytest.raises(ablation.SweepError, match=r"every_pixel/c1.* loss\.contrast"):
-        ablation.read_results(folder, changed)
+    with pytest.raises(sweeps.SweepError, match=r"every_pixel/c1.* loss\.contrast"):
+        sweeps.read_results(folder, changed)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "ablations").glob("*.py")), ids=str)
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "sweeps").glob("*.py")), ids=str)
 def test_sweeps_of_the_repository(path):
     """Each row can be run, and trains for as many steps as every other."""
-    from lclseg.configuration import check_config
+    from lclseg.run.config_checks import check_config
 
-    sweep = ablation.load_sweep(path)
+    sweep = sweeps.load_sweep(path)
     assert len(set(sweep.pairs)) == len(sweep.pairs) >= 3
     steps = set()
-    for experiment in ablation.experiments(sweep):
+    for experiment in sweeps.experiments(sweep):
         check_config(experiment.config, num_devices=2)
         rounds = experiment.config.rounds
         steps.add(rounds.baseline_steps + rounds.num_rounds * rounds.steps_per_round)
@@ -186,10 +187,10 @@ def test_sweeps_of_the_repository(path):
 @pytest.mark.parametrize("name", ["acdc", "hippocampus"])
 def test_tables_of_the_repository_are_made_from_its_runs(name):
     """The runs are those of the sweep as it is, and README.md shows their means."""
-    sweep = ablation.load_sweep(ROOT / "configs" / "ablations" / f"{name}.py")
+    sweep = sweeps.load_sweep(ROOT / "configs" / "sweeps" / f"{name}.py")
     folder = ROOT / "results" / name
-    results = ablation.read_results(folder, sweep)
+    results = sweeps.read_results(folder, sweep)
     assert len(results) == len(list(folder.glob("*/*.json"))) > 0
-    table = ablation.markdown(sweep, results)
+    table = sweeps.markdown(sweep, results)
     assert (folder / "README.md").read_text() == table + "\n"
     assert table.partition("\n\n")[0] in (ROOT / "README.md").read_text()

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from lclseg import consistency
+from lclseg import quality_gate
 
 
 def smooth_image(shape=(3, 64, 64)):
@@ -27,7 +27,7 @@ def test_a_prediction_that_moves_with_the_image_agrees(seed):
     image[:, 20:44, 24:38] = 0.04
     image[:, 26:36, 28:34] = 0.2
     image = ndimage.gaussian_filter(image, (0, 1, 1))
-    value = consistency.agreement(np.random.default_rng(seed), threshold, image)
+    value = quality_gate.agreement(np.random.default_rng(seed), threshold, image)
     assert value > 0.9
 
 
@@ -41,13 +41,13 @@ def test_a_prediction_that_stays_in_place_does_not_agree():
         return as_probs(label)
 
     values = [
-        consistency.agreement(np.random.default_rng(s), corner, smooth_image()) for s in range(12)
+        quality_gate.agreement(np.random.default_rng(s), corner, smooth_image()) for s in range(12)
     ]
     assert np.mean(values) < 0.6
 
 
 def test_nothing_predicted_is_no_agreement():
-    nothing = consistency.agreement(
+    nothing = quality_gate.agreement(
         np.random.default_rng(0), lambda x: as_probs(np.zeros(x.shape, int)), smooth_image()
     )
     assert nothing == 0
@@ -56,31 +56,31 @@ def test_nothing_predicted_is_no_agreement():
 def test_a_flip_is_undone_to_the_bit():
     flip = np.diag([1.0, -1.0])
     image = smooth_image()
-    moved = consistency.move_slices(image, flip)
+    moved = quality_gate.move_slices(image, flip)
     np.testing.assert_allclose(moved, image[:, :, ::-1], atol=1e-6)
-    np.testing.assert_allclose(consistency.move_slices(moved, flip), image, atol=1e-6)
+    np.testing.assert_allclose(quality_gate.move_slices(moved, flip), image, atol=1e-6)
 
 
 @pytest.mark.parametrize("seed", range(8))
 def test_the_way_back_is_the_exact_inverse(seed):
     """A point comes back to where it was: to far less than a pixel, all over the middle."""
-    matrix = consistency.draw_matrix(np.random.default_rng(seed))
+    matrix = quality_gate.draw_matrix(np.random.default_rng(seed))
     rows, columns = np.meshgrid(np.arange(65.0), np.arange(65.0), indexing="ij")
     for coordinate in (rows, columns):  # linear interpolation is exact on these
-        moved = consistency.move_slices(coordinate[None], matrix)
-        back = consistency.move_slices(moved, np.linalg.inv(matrix))
+        moved = quality_gate.move_slices(coordinate[None], matrix)
+        back = quality_gate.move_slices(moved, np.linalg.inv(matrix))
         np.testing.assert_allclose(back[0, 20:45, 20:45], coordinate[20:45, 20:45], atol=1e-4)
 
 
 def test_slices_do_not_mix():
     image = np.zeros((3, 16, 16), np.float32)
     image[1] = 1
-    moved = consistency.move_slices(image, consistency.draw_matrix(np.random.default_rng(0)))
+    moved = quality_gate.move_slices(image, quality_gate.draw_matrix(np.random.default_rng(0)))
     assert not moved[[0, 2]].any() and moved[1, 8, 8] == pytest.approx(1)
 
 
 def test_all_three_kinds_are_drawn_within_their_bounds():
-    matrices = [consistency.draw_matrix(np.random.default_rng(s)) for s in range(200)]
+    matrices = [quality_gate.draw_matrix(np.random.default_rng(s)) for s in range(200)]
     flips = [m for m in matrices if np.linalg.det(m) < 0]
     rotations = [m for m in matrices if abs(np.linalg.det(m) - 1) < 1e-9]
     scalings = [m for m in matrices if m[0, 1] == 0 and np.linalg.det(m) > 0]

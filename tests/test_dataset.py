@@ -10,9 +10,9 @@ import pytest
 from array_record.python.array_record_module import ArrayRecordReader
 
 import tfds_builders
-from lclseg import volumes
-from lclseg.prepared import open_builder, open_prepared, preprocessing_of
-from lclseg.volumes import VolumeError
+from lclseg.data import grid
+from lclseg.data.dataset import open_builder, open_prepared, preprocessing_of
+from lclseg.data.nifti import VolumeError
 from tfds_builders import slices
 from tfds_builders.phantom import phantom_dataset_builder as phantom
 from tfds_builders.phantom import synthesis
@@ -63,9 +63,9 @@ def test_read_slices(prepared, truth):
     """As `volumes` makes them, in the order asked for, across volumes, repeats included."""
     image, label = [], []
     for volume in truth.values():
-        normalized = volumes.normalize_intensity(volume.image)
-        image.extend(volumes.image_to_grid(normalized, volume.spacing_mm, **GRID))
-        label.extend(volumes.label_to_grid(volume.label, volume.spacing_mm, **GRID))
+        normalized = grid.normalize_intensity(volume.image)
+        image.extend(grid.image_to_grid(normalized, volume.spacing_mm, **GRID))
+        label.extend(grid.label_to_grid(volume.label, volume.spacing_mm, **GRID))
     last = len(image) - 1
     wanted = np.array([last, 0, 3, last, 1])
     got_image, got_label = prepared.read_slices(wanted)

@@ -1,0 +1,286 @@
+"""python -m lclseg.sweep --sweep=configs/sweeps/hippocampus.py [--manual_dir=FOLDER]
+
+A table of experiments: rows (overrides of one config) x pairs (split, seed). A sweep file defines
+
+  CONFIG  path of the config file, from the sweep file
+  PAIRS   ((split, seed), ...)
+  BASE    {"group.field": value, ...} for every row
+  ROWS    {row name: {"group.field": value, ...}}; the first row is the one to compare with
+
+Every run leaves `<row>/<split>_seed<seed>.json` in the results folder, from which the Markdown
+table is made; finished ones are skipped when the command is started again. Runs of one pair whose
+baselines do not differ train it once.
+"""
+
+import json
+import logging
+import re
+import runpy
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from absl import app, flags
+from ml_collections import ConfigDict
+from scipy import stats
+
+from lclseg.run.config_checks import JOINT_ONLY, differing_keys
+
+_SWEEP = flags.DEFINE_string("sweep", None, "Sweep file, e.g. configs/sweeps/hippocampus.py.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the runs; default runs/<sweep>.")
+_RESULTS = flags.DEFINE_string(
+    "results", None, "Folder of what the table is made from; default results/<sweep>."
+)
+_DATA_DIR = flags.DEFINE_string("data_dir", "", "As --config.data.data_dir of lclseg.main.")
+_MANUAL_DIR = flags.DEFINE_string("manual_dir", "", "As --config.data.manual_dir of lclseg.main.")
+_TABLE_ONLY = flags.DEFINE_bool("table_only", False, "Train nothing, print the table.")
+
+# What differs from machine to machine, or is told by the volumes' ids, and is not part of a result.
+NOT_STORED = (
+    "num_cpu_devices",
+    "data.data_dir",
+    "data.manual_dir",
+    "data.splits",
+    "data.pool",
+    "data.test_patients",
+    "rounds.baseline_from",
+)
+logger = logging.getLogger("lclseg")
+
+
+class SweepError(ValueError):
+    """A sweep and a results folder that do not fit together; the message tells the way out."""
+
+
+class Sweep(NamedTuple):
+    """A sweep file: rows x pairs of one config; rows hold what they share, too."""
+
+    config: ConfigDict
+    pairs: Sequence[tuple[str, int]]
+    rows: Mapping[str, Mapping]
+
+
+class Experiment(NamedTuple):
+    """One run of a sweep; `path` is its place below workdir and results folder, no suffix."""
+
+    row: str
+    split: str
+    seed: int
+    config: ConfigDict
+    path: Path
+
+
+def load_sweep(path: Path) -> Sweep:
+    """Reads a sweep file; raises SweepError if it is not there or lacks one of the names."""
+    if not path.is_file():
+        raise SweepError(f"--sweep: there is no file {path}")
+    content = runpy.run_path(str(path))
+    missing = [n for n in ("CONFIG", "PAIRS", "BASE", "ROWS") if n not in content]
+    if missing:
+        raise SweepError(f"{path} does not define {', '.join(missing)}")
+    config = runpy.run_path(str(path.parent / content["CONFIG"]))["get_config"]()
+    rows = {row: {**content["BASE"], **own} for row, own in content["ROWS"].items()}
+    return Sweep(config, content["PAIRS"], rows)
+
+
+def experiments(sweep: Sweep) -> Iterator[Experiment]:
+    """The runs of a sweep, pair after pair: a whole table early, then more of each row.
+
+    Raises:
+      SweepError: a row names a value that the config does not have.
+    """
+    for split, seed in sweep.pairs:
+        for row, overrides in sweep.rows.items():
+            config = sweep.config.copy_and_resolve_references()
+            for key, value in {"data.split": split, "seed": seed, **overrides}.items():
+                group, _, name = key.rpartition(".")
+                target = config[group] if group else config
+                if name not in target:
+                    raise SweepError(f"row {row!r}: there is no {key} in the config")
+                target[name] = value
+            yield Experiment(row, split, seed, config, Path(slug(row)) / f"{split}_seed{seed}")
+
+
+def slug(row: str) -> str:
+    """A row's name as a folder's: "inter, 3 anchors" -> "inter_3_anchors"."""
+    return re.sub(r"[^a-z0-9.]+", "_", row.lower()).strip("_")
+
+
+def stored_config(config: ConfigDict) -> dict:
+    """The part of a config that a result depends on, as JSON has it."""
+    content = json.loads(config.to_json_best_effort())
+    for key in NOT_STORED:
+        *groups, name = key.split(".")
+        group = content
+        for g in groups:
+            group = group[g]
+        del group[name]
+    return content
+
+
+def read_results(folder: Path, sweep: Sweep) -> dict[tuple[str, str, int], dict]:
+    """Finished runs of the sweep by (row, split, seed).
+
+    Raises:
+      SweepError: a file holds the result of another config.
+    """
+    found = {}
+    for experiment in experiments(sweep):
+        path = folder / experiment.path.with_suffix(".json")
+        if path.exists():
+            result = json.loads(path.read_text())
+            keys = differing_keys(result["config"], stored_config(experiment.config))
+            if keys:
+                raise SweepError(
+                    f"{path} is of a run with other values of {', '.join(keys[:8])}; give the row "
+                    "another name, or remove the file to run it anew"
+                )
+            found[experiment.row, experiment.split, experiment.seed] = result
+    return found
+
+
+def mean_and_interval(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean and half the width of its 95 % interval (Student's t); None for a single value."""
+    mean = float(np.mean(values))
+    if len(values) < 2:
+        return mean, None
+    error = np.std(values, ddof=1) / np.sqrt(len(values))
+    return mean, float(stats.t.ppf(0.975, len(values) - 1) * error)
+
+
+def last_test(result: dict) -> dict:
+    """Test metrics of a run's last stage."""
+    return list(result["results"].values())[-1]["test"]
+
+
+def markdown(sweep: Sweep, results: Mapping[tuple[str, str, int], dict]) -> str:
+    """The table: a line per row, then a line per run.
+
+    Columns: number of runs; test Dice of the last stage (mean over volumes of the mean over
+    classes), mean over the runs with its 95 % interval; the same of the stage that validation
+    chose; gain over the first row, pair by pair; Dice by class; 95th-percentile Hausdorff distance.
+    """
+    if not results:
+        return "no finished run yet"
+    classes = next(iter(results.values()))["class_names"]
+    reference = next(iter(sweep.rows))
+    head = ["row", "runs", "test Dice", "stage chosen", f"gain over {reference}", *classes, "HD95"]
+    lines, runs = [_line(head), _line(["---"] * len(head))], []
+    for row in sweep.rows:
+        own = {pair: results[row, *pair] for pair in sweep.pairs if (row, *pair) in results}
+        if not own:
+            continue
+        tests = [last_test(r) for r in own.values()]
+        chosen = [r["results"][r["chosen"]]["test"]["mean_dice"] for r in own.values()]
+        gains = [
+            last_test(r)["mean_dice"] - last_test(results[reference, *pair])["mean_dice"]
+            for pair, r in own.items()
+            if (reference, *pair) in results
+        ]
+        lines.append(
+            _line(
+                [
+                    row,
+                    str(len(own)),
+                    _interval([t["mean_dice"] for t in tests]),
+                    _interval(chosen),
+                    _interval(gains, "+") if gains and row != reference else "",
+                    *(f"{np.mean([t['dice_per_class'][c] for t in tests]):.3f}" for c in classes),
+                    f"{np.mean([t['mean_hausdorff95_mm'] for t in tests]):.2f}",
+                ]
+            )
+        )
+        for (split, seed), r in own.items():
+            dices = [f"{s['test']['mean_dice']:.3f}" for s in r["results"].values()]
+            runs.append(_line([row, split, str(seed), " -> ".join(dices), r["chosen"]]))
+    head = ["row", "split", "seed", "test Dice, stage by stage", "chosen on validation"]
+    return "\n".join([*lines, "", _line(head), _line(["---"] * len(head)), *runs])
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _interval(values: Sequence[float], sign: str = "") -> str:
+    mean, half = mean_and_interval(values)
+    return f"{mean:{sign}.3f}" + ("" if half is None else f" ± {half:.3f}")
+
+
+def find_baseline(config: ConfigDict, workdirs: Sequence[Path]) -> str:
+    """The first of the workdirs with the same baseline, or "" if there is none."""
+    own = json.loads(config.to_json_best_effort())
+    for workdir in workdirs:
+        theirs = json.loads((workdir / "config.json").read_text())
+        if all(k.startswith(JOINT_ONLY) for k in differing_keys(theirs, own)):
+            return str(workdir)
+    return ""
+
+
+def run_missing(
+    sweep: Sweep, workdir: Path, folder: Path, stop_asked: Callable[[], bool] = lambda: False
+) -> None:
+    """Trains what is not in the results folder yet, and writes result and table after each run.
+
+    Raises:
+      Interrupted: `stop_asked` gave True; finished runs and the one under way are saved.
+    """
+    from lclseg import train
+    from lclseg.run.workdir import (  # here: the processes that prepare volumes need no JAX
+        read_json,
+        write_text,
+    )
+
+    results = read_results(folder, sweep)
+    finished: list[Path] = []
+    for experiment in experiments(sweep):
+        name = (experiment.row, experiment.split, experiment.seed)
+        run_dir = workdir / experiment.path
+        if name not in results:
+            logger.info("%s, split %s, seed %d", *name)
+            config = experiment.config
+            begun = read_json(run_dir / "config.json")
+            config.rounds.baseline_from = (
+                begun["rounds"]["baseline_from"] if begun else find_baseline(config, finished)
+            )
+            result = train.train_and_evaluate(config, run_dir, stop_asked)
+            results[name] = {"config": stored_config(config), **result}
+            path = folder / experiment.path.with_suffix(".json")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            text = json.dumps(results[name], separators=(",", ":")) + "\n"
+            write_text(path, text)
+            write_text(folder / "README.md", markdown(sweep, results) + "\n")
+        if (run_dir / "results.json").exists():
+            finished.append(run_dir)
+
+
+def main(argv):
+    from lclseg.run import multihost, setup, stopping
+
+    if len(argv) > 1:
+        raise app.UsageError(f"unknown argument {argv[1]!r}")
+    path = Path(_SWEEP.value)
+    workdir = Path(_WORKDIR.value or f"runs/{path.stem}").expanduser().absolute()
+    folder = Path(_RESULTS.value or f"results/{path.stem}").expanduser()
+    try:
+        sweep = load_sweep(path)
+        sweep.config.data.update(data_dir=_DATA_DIR.value, manual_dir=_MANUAL_DIR.value)
+        if not _TABLE_ONLY.value:
+            setup.set_up_process(sweep.config)
+            if multihost.several():
+                raise SweepError("a sweep runs in one process; start lclseg.main on a cluster")
+            with stopping.stop_on_signals() as stop_asked:
+                run_missing(sweep, workdir, folder, stop_asked)
+        print(markdown(sweep, read_results(folder, sweep)))
+    except stopping.Interrupted as stop:
+        print(f"lclseg: {stop}; the same command goes on from there")
+    except (*setup.USER_ERRORS, SweepError) as error:
+        sys.exit(f"lclseg: {error}")
+    except OSError as error:
+        multihost.end(f"lclseg: {stopping.disk_message(error, workdir)}")
+
+
+if __name__ == "__main__":
+    flags.mark_flag_as_required("sweep")
+    app.run(main)
