@@ -298,8 +298,8 @@ def local_contrastive_loss(
     if matching == "batch" and not axis_name:
         raise ValueError(
             'matching="batch" takes the class means of all pairs, and found no axis_name to gather '
-            'them along; map the loss over pairs with jax.vmap(loss, axis_name="pairs") and give it '
-            'axis_name="pairs", or choose matching="inter"'
+            'them along; map the loss over pairs with jax.vmap(loss, axis_name="pairs") and give '
+            'axis_name="pairs" to the loss too, or choose matching="inter"'
         )
     if embeddings.ndim != 4 or embeddings.shape[0] != 2 or labels.shape != embeddings.shape[:3]:
         raise ValueError(
