@@ -5,7 +5,6 @@ Symbols and sections are those of arXiv:2112.09645. Override on the command line
 """
 
 from ml_collections import ConfigDict
-from ml_collections.config_dict import placeholder
 
 
 def get_config() -> ConfigDict:
@@ -49,18 +48,16 @@ def get_config() -> ConfigDict:
     loss.class_weights = ()  # of cross_entropy, background first; (): equal
     loss.contrastive_weight = 0.02  # lambda; the authors' 0.1 in their normalisation
     loss.temperature = 0.1  # tau
-    loss.pixels_per_class = placeholder(int)  # K anchors per class and image; None or 0: all
-    loss.pixels_per_class = 3
+    loss.pixels_per_class = 3  # K anchors per class and image; 0: every pixel
     loss.matching = "inter"  # or intra, batch
     loss.include_background = False
     loss.pseudo_label_weight = 0.0  # > 0: segmentation loss on pseudo-labels too (self-training)
-    loss.separate_batch_norm = False  # True: views go through in a pass of their own
 
     augment = config.augment = ConfigDict()
     augment.max_rotation_degrees = 15.0
     augment.scale_range = (0.95, 1.05)
     augment.elastic_probability = 0.5
-    augment.elastic_sigma_px = 5.0
+    augment.elastic_sigma = 0.026  # share of the slice's side: 5 px at 192 px
     augment.contrast_range = (0.8, 1.2)
     augment.max_brightness = 0.1
     augment.view_contrast_range = (0.7, 1.3)  # contrastive views: intensity only
@@ -84,7 +81,6 @@ def get_config() -> ConfigDict:
 
     optimizer = config.optimizer = ConfigDict()
     optimizer.learning_rate = 1e-3  # Adam
-    optimizer.schedule = "constant"  # or cosine, to 0 over each stage
     optimizer.ema_decay = 0.0  # of the weights that evaluate and write pseudo-labels; 0: off
 
     rounds = config.rounds = ConfigDict()
@@ -95,7 +91,7 @@ def get_config() -> ConfigDict:
     rounds.eval_every = 50  # steps between validations
     # Training batches from which BatchNorm's statistics are re-estimated before each validation.
     # 0: running averages, which lag by 100 steps and, with ema_decay, belong to other weights.
-    rounds.calibration_batches = 0
+    rounds.batch_norm_batches = 0
     rounds.fresh_heads = True  # joint training starts both heads afresh
 
     log = config.log = ConfigDict()

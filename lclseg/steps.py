@@ -51,11 +51,10 @@ class LossOptions(NamedTuple):
     class_weights: Sequence[float]
     contrastive_weight: float
     temperature: float
-    pixels_per_class: int | None  # None or 0: every pixel
+    pixels_per_class: int  # 0: every pixel
     matching: str
     include_background: bool
     pseudo_label_weight: float
-    separate_batch_norm: bool
 
 
 class AugmentOptions(NamedTuple):
@@ -64,7 +63,7 @@ class AugmentOptions(NamedTuple):
     max_rotation_degrees: float
     scale_range: tuple[float, float]
     elastic_probability: float
-    elastic_sigma_px: float
+    elastic_sigma: float
     contrast_range: tuple[float, float]
     max_brightness: float
     view_contrast_range: tuple[float, float]
@@ -204,7 +203,7 @@ def augment_batch(
             max_rotation_degrees=options.max_rotation_degrees,
             scale_range=options.scale_range,
             elastic_probability=options.elastic_probability,
-            elastic_sigma_px=options.elastic_sigma_px,
+            elastic_sigma=options.elastic_sigma,
             contrast_range=contrast_range,
             max_brightness=max_brightness,
         )
@@ -256,11 +255,6 @@ def _forward(
             return logits, None
         return logits, module.project(features[num_labeled:], train=True)
 
-    def run_pairs(module, images):
-        features = module.trunk(images, train=True)
-        logits = module.segment(features, train=True) if segments_pairs else None
-        return logits, module.project(features, train=True)
-
     variables = {"params": params, "batch_stats": batch_stats}
     apply = nn.apply(run, model, mutable=["batch_stats"])
     if "pair_image" not in batch:
@@ -268,15 +262,7 @@ def _forward(
         return logits, None, updates["batch_stats"]
     pairs = batch["pair_image"]
     views = pairs.reshape(-1, *pairs.shape[2:])
-    if options.separate_batch_norm:
-        # The views' statistics normalise the views only; the running ones are the labelled slices'.
-        (logits, _), updates = apply(variables, batch["image"])
-        apply_pairs = nn.apply(run_pairs, model, mutable=["batch_stats"])
-        (pair_logits, embeddings), _ = apply_pairs(variables, views)
-        if segments_pairs:
-            logits = jnp.concatenate([logits, pair_logits])
-    else:
-        (logits, embeddings), updates = apply(variables, jnp.concatenate([batch["image"], views]))
+    (logits, embeddings), updates = apply(variables, jnp.concatenate([batch["image"], views]))
     return logits, embeddings.reshape(*pairs.shape, -1), updates["batch_stats"]
 
 

@@ -165,9 +165,9 @@ def fit(
             if not (validate_now or stop_now):
                 continue
             current = flax.jax_utils.unreplicate(replicated)
-            if validate_now and rounds.calibration_batches:
+            if validate_now and rounds.batch_norm_batches:
                 last = first_step + number
-                some = range(max(first_step, last - rounds.calibration_batches), last)
+                some = range(max(first_step, last - rounds.batch_norm_batches), last)
                 current = calibrate(run, replicated, {s: read(s) for s in some})
             if validate_now:
                 dice, pictures = validate(run, current)

@@ -14,7 +14,6 @@ CHOICES = {
         "batch_dice_and_cross_entropy",
     ),
     "loss.matching": MATCHINGS,
-    "optimizer.schedule": ("constant", "cosine"),
     "model.dtype": ("float32", "bfloat16"),
 }
 POSITIVE = (
@@ -37,12 +36,13 @@ POSITIVE = (
 NOT_NEGATIVE = (
     "loss.contrastive_weight",
     "loss.pseudo_label_weight",
+    "loss.pixels_per_class",
     "data.n4_shrink_factor",
     "crf.num_steps",
     "crf.spatial_weight",
     "crf.bilateral_weight",
     "rounds.num_rounds",
-    "rounds.calibration_batches",
+    "rounds.batch_norm_batches",
 )
 # Prefixes of the keys that the baseline does not depend on.
 JOINT_ONLY = (
@@ -59,7 +59,6 @@ JOINT_ONLY = (
     "loss.matching",
     "loss.include_background",
     "loss.pseudo_label_weight",
-    "loss.separate_batch_norm",
     "augment.view_",
     "crf.",
     "pseudo_labels.",
@@ -90,9 +89,6 @@ def check_config(config: ConfigDict, *, num_devices: int) -> None:
     for key in NOT_NEGATIVE:
         if not _value(config, key) >= 0:
             problems.append(f"{key} is {_value(config, key)}; wanted 0 or more")
-    anchors = config.loss.pixels_per_class
-    if anchors is not None and anchors < 0:
-        problems.append(f"loss.pixels_per_class is {anchors}; wanted 0 (every pixel) or more")
     for key in ("pseudo_labels.min_agreement", "pseudo_labels.min_confidence"):
         if not 0 <= _value(config, key) < 1:
             problems.append(f"{key} is {_value(config, key)}; wanted 0 <= x < 1, 0 to accept all")
@@ -138,7 +134,7 @@ def refused_changes(before: dict, now: dict, begun: Sequence[str]) -> list[str]:
     """Dotted names of the values that a run cannot go on with.
 
     Allowed are other machine keys, more rounds, and more steps of the stage that is the last one
-    begun; with a decaying learning rate a stage's steps are fixed.
+    begun.
 
     Args:
       before, now: configs, read from JSON.
@@ -148,9 +144,8 @@ def refused_changes(before: dict, now: dict, begun: Sequence[str]) -> list[str]:
     allowed = list(MACHINE_KEYS)
     if rounds[1]["num_rounds"] > rounds[0]["num_rounds"]:
         allowed.append("rounds.num_rounds")
-    if now["optimizer"]["schedule"] == "constant":
-        if rounds[1]["baseline_steps"] > rounds[0]["baseline_steps"] and "round_1" not in begun:
-            allowed.append("rounds.baseline_steps")
-        if rounds[1]["steps_per_round"] > rounds[0]["steps_per_round"] and "round_2" not in begun:
-            allowed.append("rounds.steps_per_round")
+    if rounds[1]["baseline_steps"] > rounds[0]["baseline_steps"] and "round_1" not in begun:
+        allowed.append("rounds.baseline_steps")
+    if rounds[1]["steps_per_round"] > rounds[0]["steps_per_round"] and "round_2" not in begun:
+        allowed.append("rounds.steps_per_round")
     return [k for k in differing_keys(before, now) if k not in allowed]

@@ -149,8 +149,8 @@ def start_run(
         axis_name=devices.AXIS,
     )
     optimizers = {
-        "baseline": make_optimizer(config.optimizer, config.rounds.baseline_steps),
-        "joint": make_optimizer(config.optimizer, config.rounds.steps_per_round),
+        "baseline": make_optimizer(config.optimizer),
+        "joint": make_optimizer(config.optimizer),
     }
     options: dict[str, Any] = {
         "model": model,
@@ -189,12 +189,9 @@ def start_run(
     )
 
 
-def make_optimizer(config: ConfigDict, num_steps: int) -> optax.GradientTransformation:
-    """Adam, with the config's learning rate, constant or decaying to 0 over the stage."""
-    rate = config.learning_rate
-    if config.schedule == "cosine":
-        rate = optax.cosine_decay_schedule(rate, num_steps)
-    return optax.adam(rate)
+def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
+    """Adam, with the config's learning rate."""
+    return optax.adam(config.learning_rate)
 
 
 def check_processes_agree(config: ConfigDict, prepared: PreparedSet) -> None:
