@@ -341,7 +341,8 @@ def pseudo_label_pool(
             for volume_id in tqdm(run.split.unlabeled, "gate", disable=None, leave=False)
             for entry in [run.prepared.volumes[volume_id]]
         }
-    refine = functools.partial(dense_crf, **run.config.crf) if run.config.crf.num_steps else None
+    crf = run.config.crf
+    refine = functools.partial(dense_crf, **crf) if crf.num_steps else lambda image, probs: probs
     return make_pseudo_labels(
         predictor(run, best.state, refine),
         run.prepared,

@@ -7,12 +7,14 @@ slices and P pairs of the *global* batch, n slices of a pool, C classes.
 import concurrent.futures
 import logging
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 from lclseg.data.dataset import PreparedSet
-from lclseg.pseudo_labels import PseudoLabels
+
+if TYPE_CHECKING:  # it imports JAX, which what only reads data does without
+    from lclseg.pseudo_labels import PseudoLabels
 
 LABELED_STREAM, PAIR_STREAM = 0, 1
 logger = logging.getLogger("lclseg")
@@ -63,7 +65,11 @@ def select_slices(pool: Pool, *, min_classes: int, at_least: int, role: str) -> 
     """Records of the slices that show at least `min_classes` classes, background included.
 
     Where fewer than `at_least` do, the demand is relaxed class by class, and this is logged: a
-    small pool never starves the training silently.
+    small pool never starves the training silently. In the end it is slices of 0 classes, in which
+    every pixel is too uncertain to learn from.
+
+    Returns:
+      [n] record numbers, n >= `at_least`.
 
     Raises:
       ValueError: the pool holds fewer than `at_least` slices.
@@ -71,10 +77,9 @@ def select_slices(pool: Pool, *, min_classes: int, at_least: int, role: str) -> 
     if len(pool.records) < at_least:
         raise ValueError(f"{role}: {len(pool.records)} slices; wanted at least {at_least}")
     num_present = (pool.class_pixels > 0).sum(axis=1)
-    for wanted in range(min_classes, 0, -1):
-        found = pool.records[num_present >= wanted]
-        if len(found) >= at_least:
-            break
+    # The at_least-th largest number of classes that a slice shows.
+    wanted = min(min_classes, int(np.sort(num_present)[-at_least]))
+    found = pool.records[num_present >= wanted]
     if wanted < min_classes:
         logger.warning(
             "%s: fewer than %d of %d slices show %d classes; drawing from the %d that show %d",
@@ -130,7 +135,7 @@ def read_labeled(prepared: PreparedSet, records: np.ndarray) -> dict[str, np.nda
 
 
 def read_pairs(
-    prepared: PreparedSet, pseudo_labels: PseudoLabels, pairs: np.ndarray, is_pseudo: np.ndarray
+    prepared: PreparedSet, pseudo_labels: "PseudoLabels", pairs: np.ndarray, is_pseudo: np.ndarray
 ) -> dict[str, np.ndarray]:
     """`pair_image` [P, 2, H, W] float32 and `pair_label` [P, 2, H, W] uint8.
 
