@@ -18,13 +18,12 @@ import flax.jax_utils
 import jax
 import numpy as np
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from lclseg import evaluation, quality_gate, report, steps
 from lclseg.crf import dense_crf
 from lclseg.data import batches, own_data
 from lclseg.pseudo_labels import PseudoLabels, load_pseudo_labels, make_pseudo_labels
-from lclseg.run import checkpoint, devices, multihost, tensorboard
+from lclseg.run import checkpoint, devices, multihost, progress, tensorboard
 from lclseg.run.config_checks import ConfigError
 from lclseg.run.setup import (
     Run,
@@ -114,13 +113,13 @@ def fit(
         manager = stack.enter_context(checkpoint.open_stage(folder))
         done = checkpoint.latest_step(manager)
         if done:
-            latest, progress = checkpoint.restore(manager, done, state)
-            if pseudo_labels and progress["labels_sha256"] != digest:
+            latest, saved = checkpoint.restore(manager, done, state)
+            if pseudo_labels and saved["labels_sha256"] != digest:
                 raise ConfigError(
                     f"{folder}: training was begun on other pseudo-labels than those in "
                     f"{pseudo_labels.folder}; remove the checkpoint folder to train this round anew"
                 )
-            history = progress["validation"]
+            history = saved["validation"]
             logger.info("%s: going on from step %d of %d", stage, done, num_steps)
         else:
             latest = state
@@ -131,8 +130,8 @@ def fit(
         def save(dice):
             if not (run.workdir / "config.json").exists():  # Orbax would make the folder anew
                 raise FileNotFoundError(errno.ENOENT, "removed under way", str(run.workdir))
-            progress = {"validation": history, "labels_sha256": digest}
-            checkpoint.save(manager, number, current, progress, dice)
+            so_far = {"validation": history, "labels_sha256": digest}
+            checkpoint.save(manager, number, current, so_far, dice)
 
         forget_lines(run.workdir / "metrics.jsonl", stage, after_step=done)
         writer = stack.enter_context(
@@ -148,9 +147,9 @@ def fit(
 
         replicated = devices.replicate(latest)
         loaded = batches.read_ahead(read, first_step + done, first_step + num_steps)
-        bar = tqdm(loaded, stage, num_steps, initial=done, unit="step", disable=None)
+        seen = stack.enter_context(progress.steps(stage, done, num_steps))
         unchecked = {}  # step: metrics, still on the device
-        for number, batch in enumerate(bar, start=done + 1):
+        for number, batch in enumerate(loaded, start=done + 1):
             replicated, unchecked[number] = train_step(replicated, batch, run.key)
             log_now = number % run.config.log.every == 0 or number == num_steps
             validate_now = number % rounds.eval_every == 0 or number == num_steps
@@ -161,7 +160,7 @@ def fit(
                 unchecked = {}
             if log_now:
                 log(scalars)
-                bar.set_postfix(loss=f"{scalars['loss']:.3f}", refresh=False)
+            seen.update(number, **({"loss": scalars["loss"]} if log_now else {}))
             if not (validate_now or stop_now):
                 continue
             current = flax.jax_utils.unreplicate(replicated)
@@ -175,6 +174,7 @@ def fit(
                 log({"validation_dice": dice["mean_dice"]})
                 for volume_id, picture in pictures.items():
                     writer.add_image(volume_id, picture, first_step + number, dataformats="HWC")
+                seen.tell(validation_dice=dice["mean_dice"])
                 warn_of_zeros(stage, history)
             save(dice["mean_dice"] if validate_now else None)
             if stop_now and number < num_steps:
@@ -338,7 +338,7 @@ def pseudo_label_pool(
                 predict,
                 run.prepared.read_slices(entry.slices)[0],
             )
-            for volume_id in tqdm(run.split.unlabeled, "gate", disable=None, leave=False)
+            for volume_id in progress.each(run.split.unlabeled, "gate", len(run.split.unlabeled))
             for entry in [run.prepared.volumes[volume_id]]
         }
     refine = functools.partial(dense_crf, **run.config.crf) if run.config.crf.num_steps else None
