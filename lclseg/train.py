@@ -34,7 +34,7 @@ from lclseg.run.setup import (
     take_over_baseline,
 )
 from lclseg.run.stopping import Interrupted
-from lclseg.run.workdir import forget_lines, new_results, read_json, write_json
+from lclseg.run.workdir import chosen_stage, forget_lines, new_results, read_json, write_json
 
 ZEROS_TO_WARN = 5  # validations in a row
 OVERLAYS = 2  # validation volumes shown in TensorBoard
@@ -42,11 +42,20 @@ logger = logging.getLogger("lclseg")
 
 
 class Best(NamedTuple):
-    """The best checkpoint of a stage, by mean foreground 3-D Dice on the validation volumes."""
+    """What a stage hands on: its best checkpoint, and its last one.
+
+    Attributes:
+      state: best by mean foreground 3-D Dice on the validation volumes; the last where there are
+        none.
+      validation_dice: its; None where there are none.
+      stage: name.
+      last: state after the stage's last step.
+    """
 
     state: steps.TrainState
-    validation_dice: float
+    validation_dice: float | None
     stage: str
+    last: steps.TrainState
 
 
 def batch_drawer(run: Run, pseudo_labels: PseudoLabels | None) -> Callable[[int], batches.Draw]:
@@ -165,10 +174,11 @@ def fit(
                 continue
             current = flax.jax_utils.unreplicate(replicated)
             if validate_now and rounds.calibration_batches:
-                last = first_step + number
-                some = range(max(first_step, last - rounds.calibration_batches), last)
+                end = first_step + number
+                some = range(max(first_step, end - rounds.calibration_batches), end)
                 current = calibrate(run, replicated, {s: read(s) for s in some})
-            if validate_now:
+            dice = None
+            if validate_now and run.split.validation:
                 dice, pictures = validate(run, current)
                 history.append({"step": number, **dice})
                 log({"validation_dice": dice["mean_dice"]})
@@ -176,15 +186,21 @@ def fit(
                     writer.add_image(volume_id, picture, first_step + number, dataformats="HWC")
                 seen.tell(validation_dice=dice["mean_dice"])
                 warn_of_zeros(stage, history)
-            save(dice["mean_dice"] if validate_now else None)
+            save(dice and dice["mean_dice"])
             if stop_now and number < num_steps:
                 checkpoint.finish(manager)
                 raise Interrupted(f"stopped in {stage} after step {number} of {num_steps}")
         checkpoint.finish(manager)
-        best_step, score = checkpoint.best(manager)
+        best_step, score = checkpoint.chosen(manager)
         best, _ = checkpoint.restore(manager, best_step, state)
-    logger.info("%s: best validation Dice %.4f at step %d", stage, score, best_step)
-    return Best(best, score, stage), history
+        last = best
+        if best_step != num_steps:
+            last, _ = checkpoint.restore(manager, num_steps, state)
+    if score is None:
+        logger.info("%s: the weights of step %d, the last; none are validated", stage, best_step)
+    else:
+        logger.info("%s: best validation Dice %.4f at step %d", stage, score, best_step)
+    return Best(best, score, stage, last), history
 
 
 def calibrate(run: Run, replicated: steps.TrainState, batches: dict[int, dict]) -> steps.TrainState:
@@ -282,15 +298,15 @@ def finish_stage(
     run: Run,
     results: dict,
     best: Best,
+    num_steps: int,
     history: list[dict],
     started: float,
     pseudo_labels: PseudoLabels | None,
 ) -> None:
-    """Tests a stage's best checkpoint, once for a number of steps, and writes results.json.
+    """Tests a stage's best and last checkpoint, once for its steps, and writes results.json.
 
     And report.html, for who follows the run; its pictures of volumes come at the end.
     """
-    num_steps = history[-1]["step"]
     if results["results"].get(best.stage, {}).get("num_steps") == num_steps:
         return
     test = evaluate_state(
@@ -301,8 +317,14 @@ def finish_stage(
         with_distances=True,
         save_to=run.workdir / "predictions" / best.stage if multihost.is_first() else None,
     )
+    test_last = test
+    if int(best.last.step) != int(best.state.step):
+        test_last = evaluate_state(
+            run, best.last, run.split.test, stoppable=True, with_distances=True
+        )
     results["results"][best.stage] = {
         "test": test,
+        "test_last": test_last,
         "num_steps": num_steps,
         "best_validation_dice": best.validation_dice,
         "validation": history,
@@ -374,7 +396,7 @@ def run_round(
         start = steps.warm_start(start, initial_state(run, round_number))
     state = steps.restart(start, optimizer, step=first_step)
     best, history = fit(run, f"round_{round_number}", state, rounds.steps_per_round, pseudo_labels)
-    finish_stage(run, results, best, history, started, pseudo_labels)
+    finish_stage(run, results, best, rounds.steps_per_round, history, started, pseudo_labels)
     return best, pseudo_label_pool(run, best, round_number + 1, pseudo_labels)
 
 
@@ -398,14 +420,14 @@ def train_and_evaluate(
         if multihost.is_first():
             take_over_baseline(run, results)
     results = multihost.json_from_first(results)
-    best, history = fit(run, "baseline", initial_state(run, 0), config.rounds.baseline_steps, None)
-    finish_stage(run, results, best, history, started, None)
+    num_steps = config.rounds.baseline_steps
+    best, history = fit(run, "baseline", initial_state(run, 0), num_steps, None)
+    finish_stage(run, results, best, num_steps, history, started, None)
     if config.rounds.num_rounds:
         pseudo_labels = pseudo_label_pool(run, best, 1, None)
     for round_number in range(1, config.rounds.num_rounds + 1):
         best, pseudo_labels = run_round(run, results, round_number, best, pseudo_labels)
-    stages = results["results"]
-    results["chosen"] = max(stages, key=lambda s: stages[s]["best_validation_dice"])
+    results["chosen"] = chosen_stage(results["results"])
     write_json(workdir / "results.json", results)
     if multihost.is_first():
         report.write_own_page(workdir, run.prepared)
