@@ -95,6 +95,9 @@ def get_config() -> ConfigDict:
     rounds.num_rounds = 3
     rounds.steps_per_round = 5000
     rounds.baseline_from = ""  # workdir of a run whose finished baseline this run takes over
+    # Workdir of a run whose best weights the baseline starts from; own data keep its roles, and new
+    # masks are learnt from.
+    rounds.start_from = ""
     rounds.eval_every = 50  # steps between validations
     # Training batches from which BatchNorm's statistics are re-estimated before each validation.
     # 0: running averages, which lag by 100 steps and, with ema_decay, belong to other weights.

@@ -28,6 +28,7 @@ def get_config() -> ConfigDict:
     data.label_values = ()  # in the masks, of the classes 1, 2, ...; (): all but 0
     data.class_names = ()  # (): from dataset.json, or class_<value>
     data.folder_digest = ""  # filled in: names, sizes and times of the files
+    data.with_mask = ()  # filled in: cases that have one, so that a later run knows the new ones
     # Cases with a mask to learn from; "all": but for validation and test. The lists of cases are
     # drawn by draw_seed, not by seed, so that runs of several seeds share their test volumes.
     data.num_labeled = "2"

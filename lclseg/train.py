@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from lclseg import evaluation, quality_gate, report, steps
+from lclseg import evaluation, model_files, quality_gate, report, steps
 from lclseg.crf import dense_crf
 from lclseg.data import batches, own_data
 from lclseg.pseudo_labels import PseudoLabels, load_pseudo_labels, make_pseudo_labels
@@ -379,6 +379,15 @@ def pseudo_label_pool(
     )
 
 
+def first_state(run: Run) -> steps.TrainState:
+    """The state that the baseline starts from: fresh, or with the best weights of another run."""
+    if not run.config.rounds.start_from:
+        return initial_state(run, 0)
+    source = model_files.load_run(Path(run.config.rounds.start_from).expanduser().absolute())
+    logger.info("baseline: starts from %s, %s", source.source, source.facts["stage"])
+    return steps.restart(source.state, run.optimizers["baseline"], step=0)
+
+
 def run_round(
     run: Run, results: dict, round_number: int, best: Best, pseudo_labels: PseudoLabels
 ) -> tuple[Best, PseudoLabels]:
@@ -421,7 +430,7 @@ def train_and_evaluate(
             take_over_baseline(run, results)
     results = multihost.json_from_first(results)
     num_steps = config.rounds.baseline_steps
-    best, history = fit(run, "baseline", initial_state(run, 0), num_steps, None)
+    best, history = fit(run, "baseline", first_state(run), num_steps, None)
     finish_stage(run, results, best, num_steps, history, started, None)
     if config.rounds.num_rounds:
         pseudo_labels = pseudo_label_pool(run, best, 1, None)

@@ -22,7 +22,7 @@ from lclseg.data.nifti import VolumeError
 from lclseg.data.splits import Split, SplitError, resolve_split
 from lclseg.models import UNet
 from lclseg.pseudo_labels import PseudoLabelError
-from lclseg.run import devices, multihost
+from lclseg.run import devices, multihost, start_from
 from lclseg.run.config_checks import (
     JOINT_ONLY,
     MACHINE_KEYS,
@@ -139,7 +139,9 @@ def start_run(
       ConfigError, SplitError, VolumeError: before any work is lost.
     """
     check_config(config, num_devices=jax.device_count())
+    source = start_from.read_source(config)
     prepared, split = open_data(config)
+    start_from.check_source(source, prepared, split)
     check_processes_agree(config, prepared)
     model = UNet(
         num_classes=prepared.num_classes,
