@@ -10,6 +10,7 @@ pass, and the reverse of that average is part of the gradient: N devices give th
 
 import functools
 import math
+import zlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from scipy import special
 
 from lclseg import augment, losses
 from lclseg.models import BATCH_NORM_MOMENTUM, UNet
@@ -79,26 +81,20 @@ def create_train_state(
     """A state at step 0; raises ValueError if the image size does not fit the model.
 
     Kernels are He-normal (normal truncated at 2 sigma, variance 2 / fan_in, as Flax has it),
-    BatchNorm starts as the identity. All kernels come from one draw: Flax's own initialisation
-    compiles a random-number program for each, ten seconds in all.
+    BatchNorm starts as the identity. Each kernel is drawn by its own path, so that a further head
+    moves no other one; and by NumPy: a random-number program a kernel compiles for ten seconds.
     """
     slices = jax.ShapeDtypeStruct((1, image_size, image_size), jnp.float32)
     shapes = jax.eval_shape(functools.partial(model.init, train=False), key, slices)
-    leaves = jax.tree_util.tree_leaves_with_path(shapes["params"])
-    kernels = [leaf for path, leaf in leaves if path[-1].key == "kernel"]
-    # 0.8796 is the standard deviation of a normal truncated at 2 sigma.
-    draw = jax.jit(lambda k: jax.random.truncated_normal(k, -2, 2, (sum(map(_size, kernels)),)))
-    values = np.asarray(draw(key)) / 0.87962566103423978
-    offset = 0
+    seed = jax.random.key_data(key).tolist()
 
     def initial(path, leaf):
-        nonlocal offset
         match path[-1].key:
             case "kernel":
-                size = _size(leaf)
-                value = values[offset : offset + size].reshape(leaf.shape)
-                offset += size
-                return jnp.asarray(value * np.sqrt(2 / _size(leaf, exclude_last=True)))
+                name = jax.tree_util.keystr(path)
+                rng = np.random.default_rng([*seed, zlib.crc32(name.encode())])
+                normal = truncated_normal(rng, leaf.shape)
+                return jnp.asarray(normal * np.sqrt(2 / math.prod(leaf.shape[:-1])), leaf.dtype)
             case "scale" | "var":
                 return jnp.ones(leaf.shape, leaf.dtype)
             case "bias" | "mean":
@@ -115,8 +111,16 @@ def create_train_state(
     )
 
 
-def _size(leaf, exclude_last: bool = False) -> int:
-    return math.prod(leaf.shape[:-1] if exclude_last else leaf.shape)
+def truncated_normal(rng: np.random.Generator, shape: Sequence[int]) -> np.ndarray:
+    """Normal numbers, none beyond 2 sigma, scaled to a standard deviation of 1; float64."""
+    low, high = special.ndtr([-2.0, 2.0])
+    # 0.8796 is the standard deviation of a normal truncated at 2 sigma.
+    return special.ndtri(rng.uniform(low, high, shape)) / 0.87962566103423978
+
+
+def named_key(key: Array, name: str) -> Array:
+    """The random key of one purpose: independent of all others, whichever these are."""
+    return jax.random.fold_in(key, zlib.crc32(name.encode()))
 
 
 def warm_start(state: TrainState, fresh: TrainState) -> TrainState:
@@ -194,7 +198,6 @@ def augment_batch(
     Labelled slices are moved and their intensities jittered; views are jittered, and with
     `view_geometry` moved as well, each with its own mask.
     """
-    label_key, view_key = jax.random.split(key)
 
     def move(k, image, label, contrast_range, max_brightness):
         return augment.augment_slice(
@@ -225,12 +228,12 @@ def augment_batch(
         )
         return image, label
 
-    keys = _slice_keys(label_key, batch["image"].shape[0], axis_name)
+    keys = _slice_keys(named_key(key, "labeled"), batch["image"].shape[0], axis_name)
     image, label = jax.vmap(labeled)(keys, batch["image"], batch["label"])
     out = {**batch, "image": image, "label": label}
     if "pair_image" in batch:
         pairs, labels = batch["pair_image"], batch["pair_label"]
-        keys = _slice_keys(view_key, 2 * pairs.shape[0], axis_name)
+        keys = _slice_keys(named_key(key, "pairs"), 2 * pairs.shape[0], axis_name)
         views, masks = jax.vmap(view)(
             keys, pairs.reshape(-1, *pairs.shape[2:]), labels.reshape(-1, *labels.shape[2:])
         )
@@ -350,8 +353,8 @@ def train_step(
     The loss is L_seg + contrastive_weight L_local + pseudo_label_weight L_seg(pseudo-labels); the
     last term is self-training (off in the paper's method).
     """
-    augment_key, anchor_key = jax.random.split(jax.random.fold_in(key, state.step))
-    batch = augment_batch(augment_key, batch, augment_options, axis_name)
+    key = jax.random.fold_in(key, state.step)
+    batch = augment_batch(named_key(key, "views"), batch, augment_options, axis_name)
     _, num_devices = _axis(axis_name)
     num_labeled = batch["image"].shape[0]
 
@@ -365,7 +368,7 @@ def train_step(
         if embeddings is not None:
             pair_labels = batch["pair_label"]
             total, count = _contrastive_sum(
-                anchor_key,
+                named_key(key, "terms"),
                 embeddings,
                 pair_labels,
                 num_classes=model.num_classes,
@@ -420,7 +423,7 @@ def batch_statistics(
     Returns:
       A tree like `state.batch_stats`; what the batch does not reach is that of `state`.
     """
-    batch = augment_batch(key, batch, augment_options, axis_name)
+    batch = augment_batch(named_key(key, "views"), batch, augment_options, axis_name)
     zeros = jax.tree.map(jnp.zeros_like, state.batch_stats)
     _, _, updated = _forward(model, state.ema_params, zeros, batch, loss_options)
     # From zero, a running statistic has moved by 1 - momentum of the batch's.

@@ -149,9 +149,10 @@ def fit(
         replicated = devices.replicate(latest)
         loaded = batches.read_ahead(read, first_step + done, first_step + num_steps)
         bar = tqdm(loaded, stage, num_steps, initial=done, unit="step", disable=None)
+        steps_key = steps.named_key(run.key, "steps")
         unchecked = {}  # step: metrics, still on the device
         for number, batch in enumerate(bar, start=done + 1):
-            replicated, unchecked[number] = train_step(replicated, batch, run.key)
+            replicated, unchecked[number] = train_step(replicated, batch, steps_key)
             log_now = number % run.config.log.every == 0 or number == num_steps
             validate_now = number % rounds.eval_every == 0 or number == num_steps
             # Several processes agree on it where they wait for the devices anyway.
@@ -189,10 +190,11 @@ def fit(
 
 def calibrate(run: Run, replicated: steps.TrainState, batches: dict[int, dict]) -> steps.TrainState:
     """The state with BatchNorm's statistics re-estimated from batches (by step), unreplicated."""
+    key = steps.named_key(run.key, "statistics")
     # One at a time: two runs at once may each hold a core and wait for their other device for ever.
     found = [
         jax.block_until_ready(
-            run.batch_statistics(replicated, batch, jax.random.fold_in(run.key, step))
+            run.batch_statistics(replicated, batch, jax.random.fold_in(key, step))
         )
         for step, batch in batches.items()
     ]

@@ -48,7 +48,7 @@ class Run:
       prepared: the data set.
       split: volume ids by role.
       model: the U-Net.
-      key: the run's random key.
+      key: the run's random key; `steps.named_key` gives each purpose its own.
       optimizers: by stage kind, "baseline" and "joint".
       train_steps: likewise, compiled over devices: (state, batch, key) -> (state, metrics).
       batch_statistics: (replicated state, batch, key) -> statistics, compiled.
@@ -273,7 +273,7 @@ def take_over_baseline(run: Run, results: dict) -> None:
 def initial_state(run: Run, number: int) -> steps.TrainState:
     """A fresh state; number 0 starts the baseline, number k gives round k its heads."""
     return steps.create_train_state(
-        jax.random.fold_in(run.key, number),
+        jax.random.fold_in(steps.named_key(run.key, "initial values"), number),
         run.model,
         run.optimizers["baseline"],
         image_size=run.config.data.image_size,
