@@ -11,6 +11,8 @@ import jax.numpy as jnp
 Array = jax.Array
 
 MATCHINGS = ("intra", "inter", "batch")
+# Label of pixels without one: no class, so that no loss counts them.
+IGNORE = 255
 
 
 def _known_probs(logits: Array, labels: Array) -> Array:

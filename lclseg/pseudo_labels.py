@@ -151,7 +151,7 @@ def make_pseudo_labels(
                 with_distances=False,
             )
     labels.flush()
-    voxels = _mean_voxels(_count_classes(labels, prepared.num_classes), len(ids), prepared)
+    voxels = _mean_voxels(count_classes(labels, prepared.num_classes), len(ids), prepared)
     vanished = [name for name, count in voxels.items() if count == 0]
     if vanished and previous is not None:
         reason = f"no volume shows {', '.join(vanished)} any more"
@@ -193,7 +193,7 @@ def load_pseudo_labels(folder: Path, prepared: PreparedSet) -> PseudoLabels:
         folder=folder,
         records=_records(prepared, report["volume_ids"]),
         labels=labels,
-        class_pixels=_count_classes(labels, prepared.num_classes),
+        class_pixels=count_classes(labels, prepared.num_classes),
         report=report,
     )
 
@@ -276,7 +276,8 @@ def _mean_voxels(
     return {name: float(means[k]) for k, name in enumerate(prepared.class_names, start=1)}
 
 
-def _count_classes(labels: np.ndarray, num_classes: int) -> np.ndarray:
+def count_classes(labels: np.ndarray, num_classes: int) -> np.ndarray:
+    """Pixels of each class per slice, [n, C], of labels [n, H, W]."""
     counts = [np.bincount(s.ravel(), minlength=num_classes)[:num_classes] for s in labels]
     return np.stack(counts)
 

@@ -1,0 +1,92 @@
+"""What all methods build on, made from a config; and the method that a config names."""
+
+import importlib
+
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from lclseg import augment, losses
+from lclseg.methods.contract import Base, Method
+
+
+def method_of(config: ConfigDict, num_classes: int) -> Method:
+    """The method `config.method.name`, a module of this folder, with its options."""
+    module = importlib.import_module(f"lclseg.methods.{config.method.name}")
+    return module.make(config.method, base_of(config, num_classes))
+
+
+def base_of(config: ConfigDict, num_classes: int) -> Base:
+    """Supervised loss, augmentation and sizes of a config.
+
+    Args:
+      config: complete.
+      num_classes: C, background included.
+    """
+    options = config.augment
+
+    def geometry(key, image, label, contrast_range, max_brightness):
+        return augment.augment_slice(
+            key,
+            image,
+            label,
+            max_rotation_degrees=options.max_rotation_degrees,
+            scale_range=options.scale_range,
+            elastic_probability=options.elastic_probability,
+            elastic_sigma_px=options.elastic_sigma_px,
+            contrast_range=contrast_range,
+            max_brightness=max_brightness,
+        )
+
+    def labeled_view(key, image, label):
+        return geometry(key, image, label, options.contrast_range, options.max_brightness)
+
+    def move(key, image, label):
+        return geometry(key, image, label, (1.0, 1.0), 0.0)
+
+    def segmentation(logits, label, axis_name):
+        return segmentation_loss(
+            logits,
+            label,
+            kind=config.loss.segmentation,
+            class_weights=config.loss.class_weights,
+            axis_name=axis_name,
+        )
+
+    return Base(
+        num_classes=num_classes,
+        segmentation=segmentation,
+        labeled_view=labeled_view,
+        move=move,
+        unlabeled_batch_size=config.data.unlabeled_batch_size,
+        embedding_dim=config.model.embedding_dim,
+    )
+
+
+def segmentation_loss(logits, labels, *, kind, class_weights, axis_name=None):
+    """The supervised loss of each image: [n, H, W, C], [n, H, W] -> [n].
+
+    Its mean over the images of the global batch is the loss; a term of the whole batch counts the
+    same in each. Pixels of `losses.IGNORE` do not count.
+
+    Args:
+      logits, labels: of a group of slices.
+      kind: dice_with_background, dice_foreground, cross_entropy or batch_dice_and_cross_entropy.
+      class_weights: [C] of cross_entropy, or () for equal ones.
+      axis_name: the mapped device axis.
+    """
+    match kind:
+        case "batch_dice_and_cross_entropy":
+            equal = jnp.ones(logits.shape[-1])
+            cross_entropy = losses.cross_entropy_loss(logits, labels, class_weights=equal)
+            return cross_entropy + losses.batch_dice_loss(logits, labels, axis_name=axis_name)
+        case "dice_with_background":
+            return losses.dice_loss(logits, labels)
+        case "dice_foreground":
+            return losses.dice_loss(logits, labels, include_background=False)
+        case "cross_entropy":
+            weights = jnp.asarray(class_weights or (1.0,) * logits.shape[-1])
+            return losses.cross_entropy_loss(logits, labels, class_weights=weights)
+    raise ValueError(
+        f"loss.segmentation is {kind!r}; wanted dice_with_background, dice_foreground, "
+        "cross_entropy or batch_dice_and_cross_entropy"
+    )
