@@ -35,6 +35,9 @@ def get_config(method: str = "local_contrastive") -> ConfigDict:
     data.labeled = ()
     data.unlabeled = ()
     data.validation = ()
+    # Masks spent on choosing the checkpoint. -1: the list's, or of own data what is proposed; 0:
+    # none, and the last averaged weights of the last stage are handed out.
+    data.num_validation = -1
     data.test = ()
     data.labeled_batch_size = 20  # slices, over all devices
     data.min_classes = 3  # classes a labelled slice must show, background included

@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from lclseg import evaluation, metrics
 from lclseg.data import nifti
 from lclseg.data.dataset import PreparedSet
+from lclseg.run import progress
 
 logger = logging.getLogger("lclseg")
 # A class is suspicious if the pool's volumes show it so many times more, or less, of it than the
@@ -122,7 +122,7 @@ def make_pseudo_labels(
     confidence, ignored, agreement, true_metrics, empty = [], [], [], {}, []
     predictions = evaluation.predict_volumes(predict, prepared, ids, batch_size=batch_size)
     row = 0
-    for prediction in tqdm(predictions, "pseudo-labels", len(ids), disable=None, leave=False):
+    for prediction in progress.each(predictions, "pseudo-labels", len(ids), leave=False):
         volume_id, probs = prediction.volume_id, prediction.probs
         label, certainty = probs.argmax(axis=-1).astype(np.uint8), probs.max(axis=-1)
         label[certainty < min_confidence] = IGNORE

@@ -42,7 +42,7 @@ from lclseg.run.setup import (
 from lclseg.run.stage_files import open_stage_files
 from lclseg.run.stopping import Interrupted
 from lclseg.run.store import DeviceSlices, Labels
-from lclseg.run.workdir import new_results, read_json, write_json
+from lclseg.run.workdir import chosen_stage, new_results, read_json, write_json
 
 ZEROS_TO_WARN = 5  # validations in a row
 OVERLAYS = 2  # validation volumes shown in TensorBoard
@@ -57,9 +57,10 @@ class Best(NamedTuple):
     """A trained stage.
 
     Attributes:
-      state: of the best checkpoint, by mean foreground 3-D Dice on the validation volumes.
+      state: of the best checkpoint, by mean foreground 3-D Dice on the validation volumes; the
+        last where there are none.
       last: the last state.
-      validation_dice: of `state`.
+      validation_dice: of `state`; None without validation volumes.
       stage: which one.
       history: the validations.
       seconds: spent on "train", "validate" and "pseudo_labels", over all starts of the stage.
@@ -67,7 +68,7 @@ class Best(NamedTuple):
 
     state: steps.TrainState
     last: steps.TrainState
-    validation_dice: float
+    validation_dice: float | None
     stage: Stage
     history: list[dict]
     seconds: dict[str, float]
@@ -208,16 +209,18 @@ def fit(
             started = time.monotonic()
             current = calibrate(run, programs, replicated, slices, stage, number)
             if refresh_now:
-                checkpointed = history[-1]["step"] if history else 0
+                checkpointed = checkpoint.latest_step(manager)
                 slices = slices_of(run, stage.kind, refresh(current, number, checkpointed))
                 ready_until = 0
                 seconds["pseudo_labels"] += time.monotonic() - started
                 started = time.monotonic()
-            if validate_now:
+            score = None
+            if validate_now and run.split.validation:
                 dice, pictures = validate(run, current)
                 history.append({"step": number, **dice})
                 files.log(number, {"validation_dice": dice["mean_dice"]}, pictures)
                 warn_of_zeros(stage.name, history)
+                score = dice["mean_dice"]
                 seconds["validate"] += time.monotonic() - started
             if validate_now or stop_now:
                 if not (run.workdir / "config.json").exists():  # Orbax would make the folder anew
@@ -227,16 +230,18 @@ def fit(
                     "labels_sha256": digest,
                     "seconds": dict(seconds),
                 }
-                score = history[-1]["mean_dice"] if validate_now else None
                 checkpoint.save(manager, number, devices.unreplicate(current), progress, score)
             if stop_now and number < num_steps:
                 checkpoint.finish(manager)
                 raise Interrupted(f"stopped in {stage.name} after step {number} of {num_steps}")
         checkpoint.finish(manager)
-        best_step, score = checkpoint.best(manager)
+        best_step, score = checkpoint.chosen(manager)
         best, _ = checkpoint.restore(manager, best_step, state)
         final, progress = checkpoint.restore(manager, num_steps, state)
-    logger.info("%s: best validation Dice %.4f at step %d", stage.name, score, best_step)
+    if score is None:
+        logger.info("%s: step %d, the last; none was validated", stage.name, best_step)
+    else:
+        logger.info("%s: best validation Dice %.4f at step %d", stage.name, score, best_step)
     return Best(best, final, score, stage, history, progress["seconds"])
 
 
@@ -351,7 +356,7 @@ def finish_stage(run: Run, results: dict, best: Best, pseudo_labels: PseudoLabel
     Once for a number of steps. And report.html, for who follows the run; its pictures of volumes
     come at the end.
     """
-    num_steps, name = best.history[-1]["step"], best.stage.name
+    num_steps, name = best.stage.num_steps, best.stage.name
     if results["results"].get(name, {}).get("num_steps") == num_steps:
         return
     started = time.monotonic()
@@ -495,8 +500,7 @@ def train_and_evaluate(
         best = run_stage(run, results, stage, best, pseudo_labels)
     if others and run.method.offline:
         pseudo_label_pool(run, best, len(others) + 1, pseudo_labels)
-    found = results["results"]
-    results["chosen"] = max(found, key=lambda s: found[s]["best_validation_dice"])
+    results["chosen"] = chosen_stage(results["results"])
     write_json(workdir / "results.json", results)
     if multihost.is_first():
         report.write_own_page(workdir, run.prepared)

@@ -21,6 +21,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from tqdm import tqdm
 
 from lclseg.data import grid, nifti, preprocess
+from lclseg.run import progress
 
 # One split: roles (labelled, unlabelled, validation, test) are chosen by patient in the config.
 SPLIT = "slices"
@@ -267,7 +268,7 @@ def generate_examples(
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
         prepared = _in_order(pool, prepare, cases, ahead=4 * workers)
         try:
-            for examples in tqdm(prepared, "preparing volumes", len(cases), disable=None):
+            for examples in progress.each(prepared, "preparing volumes", len(cases)):
                 pixels = [np.bincount(e["label"].ravel(), minlength=num_classes) for e in examples]
                 metadata["volumes"].append(
                     {

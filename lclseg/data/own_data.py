@@ -281,6 +281,7 @@ def complete(config: ConfigDict) -> tuple[ConfigDict, str]:
         lists={role: tuple(data[role]) for role in ROLES},
         num_labeled=data.num_labeled,
         num_unlabeled=len(files) - len(shown),
+        num_validation=data.num_validation,
     )
     data.pool = tuple(f.case_id for f in files)  # less those with another role
     data.update(lists)

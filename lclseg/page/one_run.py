@@ -56,12 +56,15 @@ def _summary(run: RecordedRun) -> Iterator[str]:
     marked = [list(stages).index(run.chosen)]
     head = ["stage", "validation Dice", "test Dice", "gain", *(f"{c} Dice" for c in classes)]
     rows = [[named(s), *tables.stage_cells(stages, s, classes, ".3f")] for s in stages]
-    yield table([*head, "HD95 mm", "ASSD mm", "missed"], rows, marked)
+    yield table([*head, "HD95 mm", "ASSD mm", "missed", "last weights’ Dice"], rows, marked)
+    validated = stages[run.chosen]["best_validation_dice"] is not None
+    why = "the best on validation volumes" if validated else "the last, since no volume validates"
     yield (
-        f"<p>Means over test volumes, in native geometry. Marked: {text(named(run.chosen))}, the "
-        "best on validation volumes. Gain: test Dice over the baseline’s. Missed: pairs of volume "
-        "and class where only the truth or only the prediction is empty; they count as Dice 0 and "
-        "the volume’s diagonal.</p>"
+        "<p>Means over test volumes, in native geometry. "
+        f"Marked: {text(named(run.chosen))}, {why}. "
+        "Gain: test Dice over the baseline’s. Missed: pairs of volume and class where only the "
+        "truth or only the prediction is empty; they count as Dice 0 and the volume’s diagonal. "
+        "Last weights’ Dice: test Dice after the stage’s last step, whatever validation says.</p>"
     )
     measures = (("HD95 mm", "hausdorff95_mm_per_class"), ("ASSD mm", "assd_mm_per_class"))
     columns = [(f"{c} {measure}", key, c) for measure, key in measures for c in classes]
