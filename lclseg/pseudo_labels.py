@@ -22,9 +22,6 @@ logger = logging.getLogger("lclseg")
 SUSPICIOUS_FACTOR = 4
 
 
-# Label of pixels that are too uncertain to learn from: no class, so that no loss counts them.
-IGNORE = 255
-
 
 class PseudoLabelError(ValueError):
     """No pseudo-labels to train on; the message tells why, and the way out."""
@@ -116,9 +113,7 @@ def make_pseudo_labels(
     labels = np.lib.format.open_memmap(
         folder / "labels.npy", mode="w+", dtype=np.uint8, shape=(len(records), size, size)
     )
-    # A page that finds the disk full would kill the process; this raises OSError.
-    with (folder / "labels.npy").open("r+b") as file:
-        os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
+    _reserve(folder / "labels.npy")
     confidence, ignored, agreement, true_metrics, empty = [], [], [], {}, []
     predictions = evaluation.predict_volumes(predict, prepared, ids, batch_size=batch_size)
     row = 0
@@ -196,6 +191,20 @@ def load_pseudo_labels(folder: Path, prepared: PreparedSet) -> PseudoLabels:
         class_pixels=count_classes(labels, prepared.num_classes),
         report=report,
     )
+
+
+def _reserve(path: Path) -> None:
+    """Gives the whole of a sparse file its place on disk; raises OSError where that is full.
+
+    A mapped page that finds the disk full would kill the process.
+    """
+    with path.open("r+b") as file:
+        number, size = file.fileno(), path.stat().st_size
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(number, 0, size)
+            return
+        for start in range(0, size, 2**20):  # macOS: what is read, zeros too, is written
+            os.pwrite(number, os.pread(number, 2**20, start), start)
 
 
 def _finish(folder: Path, prepared: PreparedSet, report: dict) -> PseudoLabels:

@@ -360,7 +360,7 @@ def test_cpu_devices_divide_the_batches(monkeypatch):
     chosen = {}
     monkeypatch.setattr(devices.threading, "excepthook", devices.threading.excepthook)
     monkeypatch.setattr(jax.config, "update", lambda name, value: chosen.update({name: value}))
-    monkeypatch.setattr(setup.os, "sched_getaffinity", lambda _: set(range(8)))
+    monkeypatch.setattr(setup, "usable_cores", lambda: 8)
     monkeypatch.setattr(setup.multihost, "connect", lambda **cluster: None)
     config = runpy.run_path(str(ROOT / "configs" / "default.py"))["get_config"]()
     setup.set_up_process(config)  # 20 slices and 10 pairs on 8 cores

@@ -156,7 +156,7 @@ def _pseudo_labels(run: RecordedRun) -> Iterator[str]:
 
 
 def _time(stage: str, result: dict) -> str:
-    """"round 1 5.3 min (train 4.1, test 1.2)", of a stage's seconds by kind of work."""
+    """ "round 1 5.3 min (train 4.1, test 1.2)", of a stage's seconds by kind of work."""
     minutes = {kind: seconds / 60 for kind, seconds in result["seconds"].items()}
     parts = ", ".join(f"{kind.replace('_', ' ')} {m:.1f}" for kind, m in minutes.items())
     return f"{named(stage)} {sum(minutes.values()):.1f} min ({parts})"

@@ -5,7 +5,6 @@ import functools
 import json
 import logging
 import math
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +15,7 @@ import optax
 from ml_collections import ConfigDict
 
 from lclseg import evaluation, steps
+from lclseg.cores import usable_cores
 from lclseg.data import own_data, preprocess
 from lclseg.data.dataset import PreparedSet, open_prepared
 from lclseg.data.nifti import VolumeError
@@ -111,7 +111,7 @@ def set_up_process(config: ConfigDict) -> None:
     on GPU and TPU.
     """
     cluster = multihost.settings()
-    cores = len(os.sched_getaffinity(0))
+    cores = usable_cores()
     common = math.gcd(*units_per_batch(config).values())
     common = max(1, common // cluster.get("num_processes", 1))
     auto = max(n for n in range(1, cores + 1) if common % n == 0)
