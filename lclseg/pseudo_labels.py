@@ -14,6 +14,7 @@ import numpy as np
 from lclseg import evaluation, metrics
 from lclseg.data import nifti
 from lclseg.data.dataset import PreparedSet
+from lclseg.losses import IGNORE
 from lclseg.run import progress
 
 logger = logging.getLogger("lclseg")
