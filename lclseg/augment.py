@@ -9,6 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.ndimage import map_coordinates
 
+# Of a moved square pixel, as a part of its area: the least that an elastic field leaves of it.
+MIN_AREA = 0.1
+
 
 def augment_slice(
     key,
@@ -18,7 +21,7 @@ def augment_slice(
     max_rotation_degrees=15.0,
     scale_range=(0.95, 1.05),
     elastic_probability=0.5,
-    elastic_sigma_px=5.0,
+    elastic_sigma=0.026,
     contrast_range=(0.8, 1.2),
     max_brightness=0.1,
 ):
@@ -34,7 +37,8 @@ def augment_slice(
       max_rotation_degrees: bound of the small rotation, either way.
       scale_range: (low, high) of the magnification; 1.05 enlarges by 5 %.
       elastic_probability: chance of an elastic deformation.
-      elastic_sigma_px: standard deviation, in pixels, of the displacement of a grid node.
+      elastic_sigma: standard deviation of the displacement of a grid node along each axis, as a
+        share of the slice's side; 0.026 is 5 px at 192 px.
       contrast_range: (low, high) of the factor on the image.
       max_brightness: bound of the offset on the image, either way.
 
@@ -63,7 +67,7 @@ def augment_slice(
         scale_range=scale_range,
     )
     displacement = elastic_displacement(
-        elastic_key, image.shape, sigma_px=elastic_sigma_px, probability=elastic_probability
+        elastic_key, image.shape, sigma=elastic_sigma, probability=elastic_probability
     )
     image, label = warp(image, label, warp_coordinates(matrix, displacement))
     image = jitter_intensity(
@@ -135,17 +139,63 @@ def flip_matrix():
     return jnp.diag(jnp.array([1.0, -1.0]))
 
 
-def elastic_displacement(key, shape, *, sigma_px, probability):
+def elastic_displacement(key, shape, *, sigma, probability):
     """Draws a smooth displacement field, or with 1 - `probability` a field of zeros.
 
-    The nodes of a 3 x 3 grid move by normal(0, sigma_px) along each axis; Keys' cubic
+    The nodes of a 3 x 3 grid move by normal(0, sigma * side) along each axis; Keys' cubic
     interpolation takes them to (H, W). As when an image is resized, nodes are the centres of the
-    nine equal tiles of the slice. Returns [2, H, W] float32, pixels, rows first.
+    nine equal tiles of the slice. A field that would fold the slice is scaled down as a whole, see
+    `unfolded`: none of 40,000 draws at a sigma of 0.026, 3 % at 0.052, a third at 0.078.
+
+    Args:
+      key: a single random key.
+      shape: (H, W).
+      sigma: as a share of the side: of H for rows, of W for columns.
+      probability: chance of a field that is not zero.
+
+    Returns:
+      [2, H, W] float32, pixels, rows first.
     """
     field_key, apply_key = jax.random.split(key)
-    nodes = sigma_px * jax.random.normal(field_key, (2, 3, 3))
-    field = jax.image.resize(nodes, (2, *shape), method="cubic")
+    sides = jnp.array(shape, jnp.float32)[:, None, None]
+    nodes = sigma * sides * jax.random.normal(field_key, (2, 3, 3))
+    field = unfolded(jax.image.resize(nodes, (2, *shape), method="cubic"))
     return jnp.where(jax.random.bernoulli(apply_key, probability), field, 0.0)
+
+
+def unfolded(displacement):
+    """Scales a displacement field down, as little as keeps the slice from folding over.
+
+    The map p -> p + t d(p) takes the square between four pixels to a quadrilateral. Bilinear
+    between them, its Jacobian determinant is linear along each side, hence least at a corner, where
+    it is that of the differences along the two sides that meet there:
+
+      det(I + t D) = 1 + t trace D + t^2 det D,  D the differences of d
+
+    t is the largest number up to 1 with which all of them are at least `MIN_AREA`.
+
+    Args:
+      displacement: [2, H, W] d, pixels, rows first.
+
+    Returns:
+      t d, [2, H, W]; d itself, to the bit, where it does not fold.
+    """
+    by_row = displacement[:, 1:] - displacement[:, :-1]  # [2, H-1, W]
+    by_column = displacement[:, :, 1:] - displacement[:, :, :-1]  # [2, H, W-1]
+    rows = by_row[:, :, :-1], by_row[:, :, 1:]
+    columns = by_column[:, :-1], by_column[:, 1:]
+    # A corner reaches MIN_AREA first at the t with 1 / t = (-b + sqrt(b^2 - 4 a c)) / (2 c). With
+    # no such t > 0 this is negative, or the root is not real. c > 0, so that 1 / t is finite.
+    c = 1 - MIN_AREA
+    inverse = jnp.ones(())
+    for row in rows:
+        for column in columns:
+            a = row[0] * column[1] - row[1] * column[0]
+            b = row[0] + column[1]
+            root2 = b**2 - 4 * a * c
+            first = (jnp.sqrt(jnp.maximum(root2, 0)) - b) / (2 * c)
+            inverse = jnp.maximum(inverse, jnp.max(jnp.where(root2 >= 0, first, 0), initial=0))
+    return displacement / inverse
 
 
 def warp_coordinates(matrix, displacement):

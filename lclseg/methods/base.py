@@ -32,7 +32,7 @@ def base_of(config: ConfigDict, num_classes: int) -> Base:
             max_rotation_degrees=options.max_rotation_degrees,
             scale_range=options.scale_range,
             elastic_probability=options.elastic_probability,
-            elastic_sigma_px=options.elastic_sigma_px,
+            elastic_sigma=options.elastic_sigma,
             contrast_range=contrast_range,
             max_brightness=max_brightness,
         )

@@ -37,7 +37,7 @@ NOT_NEGATIVE = (
     "crf.spatial_weight",
     "crf.bilateral_weight",
     "rounds.num_rounds",
-    "rounds.calibration_batches",
+    "rounds.batch_norm_batches",
 )
 # Prefixes of the keys that the baseline does not depend on.
 JOINT_ONLY = (
