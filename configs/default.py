@@ -55,6 +55,9 @@ def get_config(method: str = "local_contrastive") -> ConfigDict:
     loss.class_weights = ()  # of cross_entropy, background first; (): equal
 
     augment = config.augment = ConfigDict()
+    # paper: the values below. strong: those of lclseg.augment.strong_geometry and strong_intensity.
+    augment.strength = "paper"
+    augment.any_orientation = False  # strong: flips and whole turns, for scans without a fixed one
     augment.max_rotation_degrees = 15.0
     augment.scale_range = (0.95, 1.05)
     augment.elastic_probability = 0.5

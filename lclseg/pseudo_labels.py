@@ -23,7 +23,6 @@ logger = logging.getLogger("lclseg")
 SUSPICIOUS_FACTOR = 4
 
 
-
 class PseudoLabelError(ValueError):
     """No pseudo-labels to train on; the message tells why, and the way out."""
 

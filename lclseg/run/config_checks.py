@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from ml_collections import ConfigDict
 
 CHOICES = {
+    "augment.strength": ("paper", "strong"),
     "loss.segmentation": (
         "dice_with_background",
         "dice_foreground",
