@@ -47,7 +47,7 @@ def base_of(config: ConfigDict, num_classes: int) -> Base:
 
 
 def augmentation(options: ConfigDict) -> tuple[Augment, Augment, Augment]:
-    """What is done to a labelled slice, its geometry and its intensity part, by `config.augment`."""
+    """What is done to a labelled slice; its geometry alone; its intensities alone."""
     if options.strength == "strong":
 
         def move(key, image, label):
