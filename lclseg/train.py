@@ -6,7 +6,6 @@
 import collections
 import contextlib
 import errno
-import functools
 import logging
 import math
 import time
@@ -20,10 +19,9 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from lclseg import evaluation, quality_gate, report, steps
-from lclseg.crf import dense_crf
 from lclseg.data import own_data
 from lclseg.data.batches import Pool, ground_truth_pool, records_of, sampler, select_slices
-from lclseg.label_stream import refresher
+from lclseg.label_stream import refinement, refresher
 from lclseg.pseudo_labels import PseudoLabels, load_pseudo_labels, make_pseudo_labels
 from lclseg.random_keys import named_key
 from lclseg.run import checkpoint, devices, multihost, tensorboard
@@ -431,9 +429,9 @@ def pseudo_label_pool(
             for volume_id in tqdm(run.split.unlabeled, "gate", disable=None, leave=False)
             for entry in [run.prepared.volumes[volume_id]]
         }
-    refine = functools.partial(dense_crf, **run.config.crf) if run.config.crf.num_steps else None
+    crf = run.config.crf
     return make_pseudo_labels(
-        predictor(run, replicated, refine=refine),
+        predictor(run, replicated, refine=refinement(run.config)),
         run.prepared,
         run.split.unlabeled,
         folder,
@@ -443,6 +441,7 @@ def pseudo_label_pool(
         agreements=agreements,
         min_agreement=options.min_agreement,
         min_confidence=options.min_confidence,
+        keep_largest=options.largest_component,
         made_by=made_by,
     )
 
