@@ -38,6 +38,6 @@ def get_config(method: str = "local_contrastive") -> ConfigDict:
     rounds.baseline_steps = 400
     rounds.steps_per_round = 100
     # Running statistics lag: the baseline of c1 validates at 0.2 for 200 steps with them.
-    rounds.calibration_batches = 10
+    rounds.batch_norm_batches = 10
     rounds.fresh_heads = False  # too few steps to learn a head anew
     return config

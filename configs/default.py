@@ -55,10 +55,13 @@ def get_config(method: str = "local_contrastive") -> ConfigDict:
     loss.class_weights = ()  # of cross_entropy, background first; (): equal
 
     augment = config.augment = ConfigDict()
+    # paper: the values below. strong: those of lclseg.augment.strong_geometry and strong_intensity.
+    augment.strength = "paper"
+    augment.any_orientation = False  # strong: flips and whole turns, for scans without a fixed one
     augment.max_rotation_degrees = 15.0
     augment.scale_range = (0.95, 1.05)
     augment.elastic_probability = 0.5
-    augment.elastic_sigma_px = 5.0
+    augment.elastic_sigma = 0.026  # share of the slice's side: 5 px at 192 px
     augment.contrast_range = (0.8, 1.2)
     augment.max_brightness = 0.1
 
@@ -92,7 +95,7 @@ def get_config(method: str = "local_contrastive") -> ConfigDict:
     rounds.eval_every = 50  # steps between validations
     # Training batches from which BatchNorm's statistics are re-estimated before each validation.
     # 0: running averages, which lag by 100 steps and, with ema_decay, belong to other weights.
-    rounds.calibration_batches = 0
+    rounds.batch_norm_batches = 0
     rounds.fresh_heads = True  # joint training starts both heads afresh
 
     log = config.log = ConfigDict()

@@ -105,6 +105,6 @@ def get_config(method: str = "local_contrastive") -> ConfigDict:
     config.optimizer.ema_decay = 0.98
     config.rounds.baseline_steps = 400
     config.rounds.steps_per_round = 100
-    config.rounds.calibration_batches = 10
+    config.rounds.batch_norm_batches = 10
     config.rounds.fresh_heads = False  # too few steps to learn a head anew
     return config

@@ -44,6 +44,6 @@ def get_config(method: str = "local_contrastive") -> ConfigDict:
     config.rounds.baseline_steps = 300
     config.rounds.num_rounds = 2
     config.rounds.steps_per_round = 150
-    config.rounds.calibration_batches = 10
+    config.rounds.batch_norm_batches = 10
     config.rounds.fresh_heads = False  # too few steps to learn a head anew
     return config

@@ -58,5 +58,7 @@ def get_config(method: str = "local_contrastive") -> ConfigDict:
     rounds = config.rounds
     rounds.baseline_steps = 500
     rounds.steps_per_round = 150
+    # The averaged weights need statistics of their own.
+    rounds.batch_norm_batches = 10
     rounds.fresh_heads = False  # too few steps to learn a head anew
     return config

@@ -321,7 +321,7 @@ def local_contrastive_loss(
     z, weights = _anchored(embeddings, labels, anchors, present, first=first)
     references, references_present = means, present  # [M, c, E], [M, c]: positives and negatives
     if matching == "batch":
-        references, references_present = _gather((means, present), axis_name)
+        references, references_present = _gather((means, present), axis_name or ())
     num_references = references.shape[0]
     visible = jnp.eye(2, dtype=bool) if matching == "intra" else jnp.ones((2, num_references), bool)
     mask = visible[:, :, None] & references_present[None]  # [2, M, c]

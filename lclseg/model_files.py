@@ -102,7 +102,7 @@ def load_run(workdir: Path, stage: str | None = None) -> TrainedModel:
     like = steps.create_train_state(
         jax.random.key(0),
         unet(how, architecture),
-        make_optimizer(config.optimizer, 1),
+        make_optimizer(config.optimizer),
         image_size=how.image_size,
     )
     folder = workdir / "checkpoints" / stage

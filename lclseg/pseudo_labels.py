@@ -14,13 +14,13 @@ import numpy as np
 from lclseg import evaluation, metrics
 from lclseg.data import nifti
 from lclseg.data.dataset import PreparedSet
+from lclseg.losses import IGNORE
 from lclseg.run import progress
 
 logger = logging.getLogger("lclseg")
 # A class is suspicious if the pool's volumes show it so many times more, or less, of it than the
 # labelled ones do.
 SUSPICIOUS_FACTOR = 4
-
 
 
 class PseudoLabelError(ValueError):

@@ -6,10 +6,6 @@ from. Correct these in ITK-SNAP or 3D Slicer, put them beside your other masks, 
 --config.rounds.start_from=RUN.
 """
 
-import argparse
-import csv
-import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -17,15 +13,13 @@ from typing import NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from lclseg import evaluation, model_files, next_volume, predict
+from lclseg import evaluation, next_volume, predict
 from lclseg.data import nifti, own_data
 from lclseg.data.dataset import PreparedSet
 from lclseg.data.layouts import Files
 from lclseg.model_files import ModelError, TrainedModel
-from lclseg.page.recorded import RunError, find_prepared
-from lclseg.run import devices, progress
+from lclseg.page.recorded import RunError
 from lclseg.run.setup import USER_ERRORS as RUN_ERRORS
-from lclseg.run.workdir import read_json, write_json, write_text
 
 USER_ERRORS = (*RUN_ERRORS, ModelError, RunError, OSError)
 DRAWS = 4  # pairs of augmented predictions of a volume

@@ -267,8 +267,8 @@ def calibrate(
     """
     key = named_key(run.key, "statistics")
     last = stage.first_step + number
-    some = range(max(stage.first_step, last - run.config.rounds.calibration_batches), last)
-    if not run.config.rounds.calibration_batches:
+    some = range(max(stage.first_step, last - run.config.rounds.batch_norm_batches), last)
+    if not run.config.rounds.batch_norm_batches:
         return replicated
     found = []
     for step in some:

@@ -302,7 +302,6 @@ def test_foreign_folder_is_not_written_into(data_dir, tmp_path):
             r"data\.labeled_batch_size is 6; wanted a multiple of the 4 devices",
         ),
         ("data.pairs.labeled_self", 2, r"the sum of data\.pairs is 5"),
-        ("optimizer.schedule", "linear", r"optimizer\.schedule is 'linear'"),
         ("model.dtype", "float12", r"model\.dtype is 'float12'"),
         ("loss.matching", "outer", r"matching is 'outer'"),
         ("loss.segmentation", "dise", r"loss\.segmentation is 'dise'"),

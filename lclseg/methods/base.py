@@ -1,12 +1,14 @@
 """What all methods build on, made from a config; and the method that a config names."""
 
+import functools
 import importlib
 
+import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from lclseg import augment, losses
-from lclseg.methods.contract import Base, Method
+from lclseg.methods.contract import Augment, Base, Method
 
 
 def method_of(config: ConfigDict, num_classes: int) -> Method:
@@ -22,26 +24,7 @@ def base_of(config: ConfigDict, num_classes: int) -> Base:
       config: complete.
       num_classes: C, background included.
     """
-    options = config.augment
-
-    def geometry(key, image, label, contrast_range, max_brightness):
-        return augment.augment_slice(
-            key,
-            image,
-            label,
-            max_rotation_degrees=options.max_rotation_degrees,
-            scale_range=options.scale_range,
-            elastic_probability=options.elastic_probability,
-            elastic_sigma_px=options.elastic_sigma_px,
-            contrast_range=contrast_range,
-            max_brightness=max_brightness,
-        )
-
-    def labeled_view(key, image, label):
-        return geometry(key, image, label, options.contrast_range, options.max_brightness)
-
-    def move(key, image, label):
-        return geometry(key, image, label, (1.0, 1.0), 0.0)
+    labeled_view, move, change = augmentation(config.augment)
 
     def segmentation(logits, label, axis_name):
         return segmentation_loss(
@@ -57,8 +40,42 @@ def base_of(config: ConfigDict, num_classes: int) -> Base:
         segmentation=segmentation,
         labeled_view=labeled_view,
         move=move,
+        change=change,
         unlabeled_batch_size=config.data.unlabeled_batch_size,
         embedding_dim=config.model.embedding_dim,
+    )
+
+
+def augmentation(options: ConfigDict) -> tuple[Augment, Augment, Augment]:
+    """What is done to a labelled slice; its geometry alone; its intensities alone."""
+    if options.strength == "strong":
+
+        def move(key, image, label):
+            return augment.strong_geometry(
+                key, image, label, any_orientation=options.any_orientation
+            )
+
+        def change(key, image, label):
+            return augment.strong_intensity(key, image), label
+
+        def both(key, image, label):
+            move_key, change_key = jax.random.split(key)
+            return change(change_key, *move(move_key, image, label))
+
+        return both, move, change
+
+    jitter = {"contrast_range": options.contrast_range, "max_brightness": options.max_brightness}
+    slightly = functools.partial(
+        augment.augment_slice,
+        max_rotation_degrees=options.max_rotation_degrees,
+        scale_range=options.scale_range,
+        elastic_probability=options.elastic_probability,
+        elastic_sigma=options.elastic_sigma,
+    )
+    return (
+        functools.partial(slightly, **jitter),
+        functools.partial(slightly, contrast_range=(1.0, 1.0), max_brightness=0.0),
+        lambda key, image, label: (augment.jitter_intensity(key, image, **jitter), label),
     )
 
 

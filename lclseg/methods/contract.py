@@ -61,7 +61,8 @@ class Base(NamedTuple):
       segmentation: (logits [n, H, W, C], label [n, H, W], axis_name) -> losses [n] of the config's
         supervised loss; pixels of `IGNORE` do not count.
       labeled_view: the augmentation of labelled slices, in the config's strength.
-      move: its geometry alone.
+      move: its geometry alone: the weak view of an unlabelled slice.
+      change: its intensity alone: what makes a weak view a strong one.
       unlabeled_batch_size: slices without ground truth in a global batch.
       embedding_dim: E of the projection head.
     """
@@ -70,6 +71,7 @@ class Base(NamedTuple):
     segmentation: Callable[[Array, Array, str | None], Array]
     labeled_view: Augment
     move: Augment
+    change: Augment
     unlabeled_batch_size: int
     embedding_dim: int
 
@@ -119,3 +121,27 @@ def segmentation_term(
 def draw_from(records: np.ndarray, rng: np.random.Generator, size: int) -> np.ndarray:
     """Record numbers [size]; without replacement where there are enough slices."""
     return rng.choice(records, size, replace=len(records) < size)
+
+
+def ramp_up(progress: Array) -> Array:
+    """exp(-5 (1 - t)^2), t in [0, 1] the part of the stage that is done (arXiv:1610.02242)."""
+    return jnp.exp(-5 * (1 - progress) ** 2)
+
+
+def confident_label(probs: Array, threshold: float) -> Array:
+    """[n, H, W] uint8: the most probable class of [n, H, W, C], `IGNORE` below the threshold."""
+    label = jnp.argmax(probs, axis=-1).astype(jnp.uint8)
+    return jnp.where(jnp.max(probs, axis=-1) >= threshold, label, IGNORE)
+
+
+def teacher_probs(
+    net, params: Any, batch_stats: Any, images: Mapping[str, Array]
+) -> dict[str, Array]:
+    """Class probabilities [n, H, W, C] by group, of other weights than those that are trained.
+
+    BatchNorm normalises by these slices, as in training; no gradient flows, and the statistics of
+    this pass are not kept.
+    """
+    out, _ = net(params, batch_stats, images, {group: ("segmentation",) for group in images})
+    probs = {group: jax.nn.softmax(heads["segmentation"]) for group, heads in out.items()}
+    return jax.lax.stop_gradient(probs)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from ml_collections import ConfigDict
 
 CHOICES = {
+    "augment.strength": ("paper", "strong"),
     "loss.segmentation": (
         "dice_with_background",
         "dice_foreground",
@@ -37,7 +38,7 @@ NOT_NEGATIVE = (
     "crf.spatial_weight",
     "crf.bilateral_weight",
     "rounds.num_rounds",
-    "rounds.calibration_batches",
+    "rounds.batch_norm_batches",
 )
 # Prefixes of the keys that the baseline does not depend on.
 JOINT_ONLY = (
