@@ -42,7 +42,8 @@ def copy_paste(
       image and label [2 n, H, W], and is_first [2 n, H, W] bool: where `first` shows.
     """
     keys = slice_keys(key, len(first.image), axis_name)
-    mask = jax.vmap(lambda k: copy_paste_mask(k, first.image.shape[1:]))(keys)
+    _, height, width = first.label.shape
+    mask = jax.vmap(lambda k: copy_paste_mask(k, (height, width)))(keys)
     is_first = jnp.concatenate([mask, ~mask])
 
     def mixed(x: Array, u: Array) -> Array:
