@@ -1,5 +1,6 @@
 """A model of a run, as a rule its best, with all that a prediction needs beside it."""
 
+import functools
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from lclseg import steps
 from lclseg.data import preprocess
 from lclseg.data.dataset import open_builder, preprocessing_of
 from lclseg.data.preprocess import Preprocessing
-from lclseg.models import UNet
+from lclseg.models import ProjectionHead, UNet
 from lclseg.run import checkpoint
 from lclseg.run.setup import make_optimizer
 from lclseg.run.workdir import read_json
@@ -50,7 +51,7 @@ def unet(preprocessing: Preprocessing, architecture: dict) -> UNet:
     return UNet(
         num_classes=len(preprocessing.class_names) + 1,
         filters=tuple(architecture["filters"]),
-        embedding_dim=architecture["embedding_dim"],
+        heads={"projection": functools.partial(ProjectionHead, architecture["embedding_dim"])},
         dtype=architecture["dtype"],
     )
 
@@ -59,6 +60,7 @@ def inference_state(params: dict, batch_stats: dict) -> steps.TrainState:
     """A state that can predict, and cannot be trained."""
     return steps.TrainState(
         step=jnp.zeros((), jnp.int32),
+        stage=jnp.zeros((2,), jnp.int32),
         params={},
         batch_stats=batch_stats,
         opt_state=(),

@@ -17,6 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from lclseg import evaluation, export, metrics, model_files
+from lclseg.cores import usable_cores
 from lclseg.data import grid, nifti, preprocess
 from lclseg.data.layouts import SUFFIXES, Files, is_label, niftis, stem
 from lclseg.data.nifti import VolumeError
@@ -356,7 +357,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--probabilities", action="store_true", help="write NAME_probabilities.nii.gz, too")
     add("--labels", type=Path, help="folder of labels: Dice, HD95 and ASSD are computed")
     options = parser.parse_args(argv)
-    devices.set_up_jax(len(os.sched_getaffinity(0)))
+    devices.set_up_jax(usable_cores())
     try:
         summary = predict_files(
             [p.expanduser().absolute() for p in options.workdir],

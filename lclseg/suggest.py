@@ -9,7 +9,6 @@ from. Correct these in ITK-SNAP or 3D Slicer, put them beside your other masks, 
 import argparse
 import csv
 import io
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from lclseg import evaluation, model_files, next_volume, predict
+from lclseg.cores import usable_cores
 from lclseg.data import nifti, own_data
 from lclseg.data.dataset import PreparedSet
 from lclseg.data.layouts import Files
@@ -233,7 +233,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in ("count", "draws"):
         if getattr(options, name) < 1:
             parser.error(f"--{name} is {getattr(options, name)}; wanted 1 or more")
-    devices.set_up_jax(len(os.sched_getaffinity(0)))
+    devices.set_up_jax(usable_cores())
     workdir = options.workdir.expanduser().absolute()
     output = (options.output or workdir / "suggestions").expanduser()
     try:

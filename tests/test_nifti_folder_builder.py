@@ -644,7 +644,7 @@ def test_a_run_with_two_masks(tmp_path):
         config.data.pairs.update(labeled_self=1, pseudo_self=1, labeled_pseudo=1, pseudo_pseudo=1)
         config.model.filters = (4,)
         config.rounds.update(baseline_steps=2, steps_per_round=2, num_rounds=1, eval_every=2)
-        config.rounds.calibration_batches = 0
+        config.rounds.batch_norm_batches = 0
         return train.train_and_evaluate(config, workdir)
 
     results = run()

@@ -45,10 +45,10 @@ def config_of(folder, data_dir, **rounds):
     config = runpy.run_path(str(ROOT / "configs" / "nifti_folder.py"))["get_config"]()
     config.data.manual_dir, config.data.data_dir = str(folder), str(data_dir)
     config.data.update(labeled_batch_size=4, num_labeled="1")
-    config.data.pairs.update(labeled_self=1, pseudo_self=1, labeled_pseudo=1, pseudo_pseudo=1)
+    config.method.pairs.update(labeled_self=1, pseudo_self=1, labeled_pseudo=1, pseudo_pseudo=1)
     config.model.filters = (4,)
     config.rounds.update(baseline_steps=12, steps_per_round=2, num_rounds=1, eval_every=6)
-    config.rounds.calibration_batches = 1
+    config.rounds.batch_norm_batches = 1
     config.rounds.update(rounds)
     return config
 
@@ -168,12 +168,10 @@ def test_a_corrected_mask_is_learnt_from(loop, suggested, tmp_path):
     whole, text = own_data.complete(config)
     assert f"1 new masks to learn from: {new}" in text
     run = start_run(whole, tmp_path / "run")
-    state = train.first_state(run)
-    assert int(state.step) == 0
-    source = model_files.load_run(workdir)
+    state, source = train.first_state(run), model_files.load_run(workdir)
     for ours, theirs in zip(
-        jax.tree.leaves((state.params, state.ema_params, state.batch_stats)),
-        jax.tree.leaves((source.state.ema_params,) * 2 + (source.state.batch_stats,)),
+        jax.tree.leaves((state.ema_params, state.batch_stats)),
+        jax.tree.leaves((source.state.ema_params, source.state.batch_stats)),
         strict=True,
     ):
         np.testing.assert_array_equal(ours, theirs)

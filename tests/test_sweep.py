@@ -17,7 +17,7 @@ BASE = {"log.every": 5}
 ROWS = {
     "supervised": {"rounds.num_rounds": 0, "rounds.baseline_steps": 950},
     "inter, 3 anchors": {},
-    "every pixel": {"loss.pixels_per_class": None, "loss.contrastive_weight": 1.0},
+    "every pixel": {"loss.pixels_per_class": 0, "loss.contrastive_weight": 1.0},
     "other batch": {"data.labeled_batch_size": 4},
 }
 """
@@ -55,7 +55,7 @@ def test_experiments_are_rows_times_pairs(sweep):
     supervised, plain, every, _ = found[4:]
     assert supervised.config.rounds.num_rounds == 0
     assert plain.config.rounds == sweep.config.rounds  # a row leaves no trace in the next one
-    assert (every.config.loss.pixels_per_class, every.config.loss.contrastive_weight) == (None, 1.0)
+    assert (every.config.loss.pixels_per_class, every.config.loss.contrastive_weight) == (0, 1.0)
     assert plain.config.log.every == every.config.log.every == 5
     assert str(plain.path) == "inter_3_anchors/c2_seed7"
 

@@ -18,6 +18,8 @@ BASE = {
     "loss.pixels_per_class": 3,
     "loss.pseudo_label_weight": 0.0,
     "augment.view_geometry": False,
+    # 5 px, which the stored runs had at this size: twice the default.
+    "augment.elastic_sigma": 5 / 96,
 }
 SELF_TRAINING = {"loss.pseudo_label_weight": 1.0, "augment.view_geometry": True}
 EVERY_PIXEL = {"loss.pixels_per_class": 0}

@@ -9,7 +9,6 @@ import concurrent.futures
 import hashlib
 import json
 import math
-import os
 import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from lclseg.cores import usable_cores
 from lclseg.data import nifti
 from lclseg.data.layouts import Files, find_files, niftis, stem
 from lclseg.data.splits import ROLES, SplitError, draw_lists
@@ -348,7 +348,7 @@ def survey(files: Sequence[Files], label_values: Sequence[int] = ()) -> list[Sur
     Raises:
       volumes.VolumeError: of the first case that has one.
     """
-    workers = min(len(os.sched_getaffinity(0)), len(files))
+    workers = min(usable_cores(), len(files))
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
         surveys = pool.map(lambda f: survey_case(f, label_values), files)
         return list(tqdm(surveys, "looking at the masks", len(files), disable=None, leave=False))

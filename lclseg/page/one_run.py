@@ -155,6 +155,13 @@ def _pseudo_labels(run: RecordedRun) -> Iterator[str]:
     yield from changed_pictures(run)
 
 
+def _time(stage: str, result: dict) -> str:
+    """ "round 1 5.3 min (train 4.1, test 1.2)", of a stage's seconds by kind of work."""
+    minutes = {kind: seconds / 60 for kind, seconds in result["seconds"].items()}
+    parts = ", ".join(f"{kind.replace('_', ' ')} {m:.1f}" for kind, m in minutes.items())
+    return f"{named(stage)} {sum(minutes.values()):.1f} min ({parts})"
+
+
 def _origin(run: RecordedRun) -> Iterator[str]:
     """Where the numbers come from: versions, date, device, command, volumes, config."""
     seconds = max(path.stat().st_mtime for path in run.workdir.glob("*.json*"))
@@ -166,8 +173,7 @@ def _origin(run: RecordedRun) -> Iterator[str]:
         facts["with"] = ", ".join(f"{package} {version}" for package, version in versions.items())
         facts["device"] = f"{device['count']} x {device['kind']} ({device['platform']})"
     if run.stages:
-        minutes = (f"{named(s)} {r['seconds'] / 60:.1f} min" for s, r in run.stages.items())
-        facts["time"] = ", ".join(minutes)
+        facts["time"] = ", ".join(_time(s, r) for s, r in run.stages.items())
     yield f"<dl>{''.join(f'<dt>{k}</dt><dd>{text(v)}</dd>' for k, v in facts.items())}</dl>"
     command = reproducing_command(run.config)
     if command:

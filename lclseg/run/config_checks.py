@@ -4,16 +4,14 @@ from collections.abc import Sequence
 
 from ml_collections import ConfigDict
 
-from lclseg.losses import MATCHINGS
-
 CHOICES = {
+    "augment.strength": ("paper", "strong"),
     "loss.segmentation": (
         "dice_with_background",
         "dice_foreground",
         "cross_entropy",
         "batch_dice_and_cross_entropy",
     ),
-    "loss.matching": MATCHINGS,
     "optimizer.schedule": ("constant", "cosine"),
     "model.dtype": ("float32", "bfloat16"),
 }
@@ -21,10 +19,10 @@ POSITIVE = (
     "data.image_size",
     "data.target_spacing_mm",
     "data.labeled_batch_size",
+    "data.unlabeled_batch_size",
     "data.min_classes",
     "data.eval_batch_size",
     "model.embedding_dim",
-    "loss.temperature",
     "optimizer.learning_rate",
     "rounds.baseline_steps",
     "rounds.steps_per_round",
@@ -35,14 +33,12 @@ POSITIVE = (
     "crf.intensity_sigma",
 )
 NOT_NEGATIVE = (
-    "loss.contrastive_weight",
-    "loss.pseudo_label_weight",
     "data.n4_shrink_factor",
     "crf.num_steps",
     "crf.spatial_weight",
     "crf.bilateral_weight",
     "rounds.num_rounds",
-    "rounds.calibration_batches",
+    "rounds.batch_norm_batches",
 )
 # Prefixes of the keys that the baseline does not depend on.
 JOINT_ONLY = (
@@ -51,16 +47,8 @@ JOINT_ONLY = (
     "data.manual_dir",
     "data.pool",
     "data.unlabeled",
-    "data.view_min_classes",
-    "data.pairs.",
-    "loss.contrastive_weight",
-    "loss.temperature",
-    "loss.pixels_per_class",
-    "loss.matching",
-    "loss.include_background",
-    "loss.pseudo_label_weight",
-    "loss.separate_batch_norm",
-    "augment.view_",
+    "data.unlabeled_batch_size",
+    "method.",
     "crf.",
     "pseudo_labels.",
     "rounds.num_rounds",
@@ -90,9 +78,6 @@ def check_config(config: ConfigDict, *, num_devices: int) -> None:
     for key in NOT_NEGATIVE:
         if not _value(config, key) >= 0:
             problems.append(f"{key} is {_value(config, key)}; wanted 0 or more")
-    anchors = config.loss.pixels_per_class
-    if anchors is not None and anchors < 0:
-        problems.append(f"loss.pixels_per_class is {anchors}; wanted 0 (every pixel) or more")
     for key in ("pseudo_labels.min_agreement", "pseudo_labels.min_confidence"):
         if not 0 <= _value(config, key) < 1:
             problems.append(f"{key} is {_value(config, key)}; wanted 0 <= x < 1, 0 to accept all")
@@ -104,10 +89,7 @@ def check_config(config: ConfigDict, *, num_devices: int) -> None:
             f"data.image_size is {config.data.image_size}; with {len(config.model.filters)} levels "
             f"in model.filters wanted a multiple of {multiple}"
         )
-    for name, size in (
-        ("data.labeled_batch_size", config.data.labeled_batch_size),
-        ("the sum of data.pairs", sum(config.data.pairs.values())),
-    ):
+    for name, size in units_per_batch(config).items():
         if size <= 0 or size % num_devices:
             problems.append(
                 f"{name} is {size}; wanted a multiple of the {num_devices} devices, since batch "
@@ -115,6 +97,17 @@ def check_config(config: ConfigDict, *, num_devices: int) -> None:
             )
     if problems:
         raise ConfigError("\n  ".join(["the config cannot be run:", *problems]))
+
+
+def units_per_batch(config: ConfigDict) -> dict[str, int]:
+    """How much of each kind a global batch holds; devices share it equally."""
+    units = {
+        "data.labeled_batch_size": config.data.labeled_batch_size,
+        "data.unlabeled_batch_size": config.data.unlabeled_batch_size,
+    }
+    if "pairs" in config.method:
+        units["the sum of method.pairs"] = sum(config.method.pairs.values())
+    return units
 
 
 def _value(config: ConfigDict, key: str):

@@ -60,13 +60,21 @@ def read_source(config: ConfigDict) -> Source | None:
     return Source(workdir, theirs, preprocessing, splits)
 
 
-def check_source(source: Source | None, prepared: PreparedSet, split: Split) -> None:
+def check_source(
+    source: Source | None, prepared: PreparedSet, split: Split, *, networks: int
+) -> None:
     """Raises ConfigError where classes differ, or the source has learnt from what this run tests.
 
-    None: there is no source, and nothing to check.
+    And where the method trains several networks, which must not start alike. None: there is no
+    source, and nothing to check.
     """
     if source is None:
         return
+    if networks > 1:
+        raise ConfigError(
+            f"rounds.start_from: the method trains {networks} networks, which learn from their "
+            "differences; wanted a method of one network: weights of a run would make them alike"
+        )
     theirs = tuple(source.preprocessing["class_names"])
     if theirs != prepared.class_names:
         raise ConfigError(
