@@ -5,6 +5,8 @@ the draw of a slice does not depend on how the batch is split over devices. Coor
 backwards: at each output pixel they name the (row, column), in pixels, to read in the input.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jax.scipy.ndimage import map_coordinates
@@ -265,3 +267,154 @@ def jitter_intensity(key, image, *, contrast_range, max_brightness, clip=None):
     )
     image = image * contrast + brightness
     return image if clip is None else jnp.clip(image, *clip)
+
+
+def strong_geometry(
+    key,
+    image,
+    label,
+    *,
+    probability=0.9,
+    max_rotation_degrees=45.0,
+    scale_range=(0.7, 1.4),
+    max_log_aspect=0.15,
+    max_shift=0.0625,
+    coarse_sigma=0.042,
+    fine_sigma=0.0156,
+    any_orientation=False,
+):
+    """Moves image and label together, much further than `augment_slice` does.
+
+    Rotation, scale, aspect and shift at once, then elastic fields of 3 x 3 and 7 x 7 nodes. What
+    nnU-Net teaches (arXiv:1904.08128): with few labels augmentation is worth more than a loss.
+
+    Args:
+      key: a single random key.
+      image: [H, W] float.
+      label: [H, W] integers, background 0.
+      probability: chance that the slice is moved at all.
+      max_rotation_degrees: bound, either way.
+      scale_range: (low, high) of the magnification, drawn evenly in its logarithm.
+      max_log_aspect: bound of log(height / width) of the magnification, either way.
+      max_shift: bound along each axis, as a share of the side, either way.
+      coarse_sigma, fine_sigma: standard deviation of a node of the 3 x 3 and of the 7 x 7 grid, as
+        a share of the side. A field that would fold is scaled down, see `unfolded`.
+      any_orientation: flips and whole turns too, for scans without a fixed orientation.
+
+    Returns:
+      (image, label) of the shapes and dtypes given; what comes from outside the slice is 0.
+    """
+    apply_key, affine_key, turn_key, *node_keys = jax.random.split(key, 5)
+    bound = jnp.array(
+        [math.radians(max_rotation_degrees), 1.0, max_log_aspect, max_shift, max_shift]
+    )
+    angle, level, aspect, down, right = jax.random.uniform(
+        affine_key, (5,), minval=-bound, maxval=bound
+    )
+    low, high = (math.log(s) for s in scale_range)
+    scale = (low + high) / 2 + level * (high - low) / 2
+    magnify = jnp.exp(jnp.array([scale + aspect / 2, scale - aspect / 2]))
+    matrix = rotation_matrix(angle) / magnify
+    if any_orientation:
+        flip, turn = jax.random.uniform(turn_key, (2,))
+        turned = rotation_matrix(jnp.floor(4 * turn) * (jnp.pi / 2))
+        turned = turned * jnp.where(flip < 0.5, jnp.array([1.0, -1.0]), 1.0)
+        matrix = jnp.stack(  # written out, as in `warp_coordinates`
+            [turned[i, 0] * matrix[0] + turned[i, 1] * matrix[1] for i in (0, 1)]
+        )
+    sides = jnp.array(image.shape, jnp.float32)[:, None, None]
+    field = jnp.zeros((2, *image.shape))
+    for node_key, nodes, sigma in zip(node_keys, (3, 7), (coarse_sigma, fine_sigma), strict=True):
+        drawn = sigma * sides * jax.random.normal(node_key, (2, nodes, nodes))
+        field += jax.image.resize(drawn, field.shape, method="cubic")
+    coordinates = warp_coordinates(matrix, unfolded(field))
+    coordinates += jnp.stack([down, right])[:, None, None] * sides
+    moved = jax.random.bernoulli(apply_key, probability)
+    still = warp_coordinates(jnp.eye(2), jnp.zeros_like(field))
+    return warp(image, label, jnp.where(moved, coordinates, still))
+
+
+def strong_intensity(
+    key,
+    image,
+    *,
+    max_log_gamma=0.45,
+    max_bias=0.25,
+    max_log_contrast=0.4,
+    max_brightness=0.2,
+    blur_sigma_range=(0.3, 1.5),
+    max_zoom=2.0,
+    max_noise=0.08,
+):
+    """Changes the intensities of a slice much further than `jitter_intensity` does.
+
+    Gamma, a smooth bias field, contrast, brightness; blur, low resolution and noise each for half
+    of the slices. The label stays as it is.
+
+    Args:
+      key: a single random key.
+      image: [H, W] float, tissue at 0 to 1.
+      max_log_gamma: bound of the logarithm of the exponent, either way; signs are kept.
+      max_bias: bound of the bias field's nodes, 3 x 3; the image is multiplied by 1 + field.
+      max_log_contrast: bound of the logarithm of the factor, either way.
+      max_brightness: bound of the offset, either way.
+      blur_sigma_range: (low, high) of the Gaussian blur, pixels.
+      max_zoom: pixels that one pixel of low resolution covers along each axis, at most.
+      max_noise: highest standard deviation of Gaussian noise.
+
+    Returns:
+      [H, W], dtype of `image`.
+    """
+    number_key, bias_key, noise_key, apply_key = jax.random.split(key, 4)
+    gamma, contrast, brightness, sigma, zoom, noise = jax.random.uniform(
+        number_key,
+        (6,),
+        minval=jnp.array(
+            [-max_log_gamma, -max_log_contrast, -max_brightness, blur_sigma_range[0], 1.0, 0.0]
+        ),
+        maxval=jnp.array(
+            [
+                max_log_gamma,
+                max_log_contrast,
+                max_brightness,
+                blur_sigma_range[1],
+                max_zoom,
+                max_noise,
+            ]
+        ),
+    )
+    does_blur, does_zoom, does_noise = jax.random.bernoulli(apply_key, 0.5, (3,))
+    found = jnp.sign(image) * jnp.abs(image) ** jnp.exp(gamma)
+    nodes = jax.random.uniform(bias_key, (3, 3), minval=-max_bias, maxval=max_bias)
+    found *= 1 + jax.image.resize(nodes, image.shape, method="cubic")
+    found = found * jnp.exp(contrast) + brightness
+    found = jnp.where(does_blur, gaussian_blur(found, sigma), found)
+    found = jnp.where(does_zoom, low_resolution(found, zoom), found)
+    found += jnp.where(does_noise, noise, 0) * jax.random.normal(noise_key, image.shape)
+    return found.astype(image.dtype)
+
+
+def gaussian_blur(image, sigma, *, radius=4):
+    """Blurs [H, W] by a Gaussian of `sigma` pixels, cut at `radius`; edges are repeated."""
+    offsets = jnp.arange(-radius, radius + 1)
+    weights = jnp.exp(-0.5 * (offsets / sigma) ** 2)
+    weights /= jnp.sum(weights)
+    for axis in (0, 1):
+        widths = [(radius, radius) if a == axis else (0, 0) for a in (0, 1)]
+        padded = jnp.pad(image, widths, mode="edge")
+        size = image.shape[axis]
+        image = sum(
+            weights[i] * jax.lax.slice_in_dim(padded, i, i + size, axis=axis)
+            for i in range(2 * radius + 1)
+        )
+    return image
+
+
+def low_resolution(image, zoom):
+    """[H, W] as if one pixel had covered `zoom` x `zoom` of its pixels, `zoom` at least 1."""
+    rows, columns = (
+        jnp.clip((jnp.floor(jnp.arange(n) / zoom) + 0.5) * zoom - 0.5, 0, n - 1)
+        for n in image.shape
+    )
+    coordinates = jnp.meshgrid(rows, columns, indexing="ij")
+    return map_coordinates(image, list(coordinates), order=1, mode="nearest")

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from lclseg import evaluation, metrics
+from lclseg.components import largest_component
 from lclseg.data import nifti
 from lclseg.data.dataset import PreparedSet
 from lclseg.losses import IGNORE
+from lclseg.run import progress
 
 logger = logging.getLogger("lclseg")
 # A class is suspicious if the pool's volumes show it so many times more, or less, of it than the
@@ -72,6 +73,7 @@ def make_pseudo_labels(
     agreements: Mapping[str, float] | None = None,
     min_agreement: float = 0.0,
     min_confidence: float = 0.0,
+    keep_largest: bool = False,
     made_by: dict | None = None,
 ) -> PseudoLabels:
     """Predicts the pool and writes a new set of pseudo-labels into `folder`.
@@ -91,6 +93,7 @@ def make_pseudo_labels(
       min_agreement: a volume passes the gate if its agreement is above this.
       min_confidence: pixels become `IGNORE` where the network's most probable class, before
         refinement, has a lower probability.
+      keep_largest: of each class and volume the largest component stays, the rest goes.
       made_by: names the state that `predict` belongs to, for the report.
 
     Raises:
@@ -108,13 +111,15 @@ def make_pseudo_labels(
     labels = _create_labels(folder, len(_records(prepared, ids)), prepared.image_size)
     predictions = evaluation.predict_volumes(predict, prepared, ids, batch_size=batch_size)
     told, row = {}, 0
-    for prediction in tqdm(predictions, "pseudo-labels", len(ids), disable=None, leave=False):
-        label, about = _write_volume(prediction, prepared, folder, previous, min_confidence)
+    for prediction in progress.each(predictions, "pseudo-labels", len(ids), leave=False):
+        label, about = _write_volume(
+            prediction, prepared, folder, previous, min_confidence, keep_largest
+        )
         labels[row : row + len(label)] = label
         row += len(label)
         told[prediction.volume_id] = about
     labels.flush()
-    voxels = _mean_voxels(_count_classes(labels, prepared.num_classes), len(ids), prepared)
+    voxels = _mean_voxels(count_classes(labels, prepared.num_classes), len(ids), prepared)
     vanished = [name for name, count in voxels.items() if count == 0]
     if vanished and previous is not None:
         reason = f"no volume shows {', '.join(vanished)} any more"
@@ -135,6 +140,35 @@ def _pass_gate(
     }
 
 
+def _reserve(path: Path) -> None:
+    """Gives the whole of a sparse file its place on disk; raises OSError where that is full.
+
+    A mapped page that finds the disk full would kill the process.
+    """
+    with path.open("r+b") as file:
+        number, size = file.fileno(), path.stat().st_size
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(number, 0, size)
+            return
+        for start in range(0, size, 2**20):  # macOS: what is read, zeros too, is written
+            os.pwrite(number, os.pread(number, 2**20, start), start)
+
+
+def label_of(
+    probs: np.ndarray, num_classes: int, *, min_confidence: float, keep_largest: bool
+) -> np.ndarray:
+    """The pseudo-label [S, H, W] uint8 of a volume, from probabilities [S, 2, H, W, C].
+
+    The most probable class of the refined ones, the largest component of each class if
+    `keep_largest`; `IGNORE` where the network's own probability is below `min_confidence`.
+    """
+    label = probs[:, 1].argmax(axis=-1).astype(np.uint8)
+    if keep_largest:
+        label = largest_component(label, num_classes)
+    label[probs[:, 0].max(axis=-1) < min_confidence] = IGNORE
+    return label
+
+
 def _create_labels(folder: Path, num_slices: int, size: int) -> np.memmap:
     """labels.npy, [num_slices, size, size] uint8, to write to; raises OSError on a full disk."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -143,9 +177,7 @@ def _create_labels(folder: Path, num_slices: int, size: int) -> np.memmap:
     labels = np.lib.format.open_memmap(
         folder / "labels.npy", mode="w+", dtype=np.uint8, shape=(num_slices, size, size)
     )
-    # A page that finds the disk full would kill the process; this raises OSError.
-    with (folder / "labels.npy").open("r+b") as file:
-        os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
+    _reserve(folder / "labels.npy")
     return labels
 
 
@@ -173,14 +205,19 @@ def _write_volume(
     folder: Path,
     previous: PseudoLabels | None,
     min_confidence: float,
+    keep_largest: bool,
 ) -> tuple[np.ndarray, _About]:
     """The label [S, H, W] of a volume and what there is to tell; writes it as NIfTI."""
     volume_id = prediction.volume_id
     network, refined = prediction.probs[:, 0], prediction.probs[:, 1]
-    label, confidence = refined.argmax(axis=-1).astype(np.uint8), network.max(axis=-1)
-    label[confidence < min_confidence] = IGNORE
+    classes, confidence = prepared.num_classes, network.max(axis=-1)
+    label = label_of(
+        prediction.probs, classes, min_confidence=min_confidence, keep_largest=keep_largest
+    )
     native = prepared.read_native(volume_id)
     native_label = evaluation.to_native_label(prepared, volume_id, refined)
+    if keep_largest:
+        native_label = largest_component(native_label, classes)
     path = folder / f"{volume_id}.nii.gz"
     nifti.write_label(
         path, native_label, native.affine, native.spacing_mm, slice_axis=prepared.slice_axis
@@ -250,7 +287,7 @@ def load_pseudo_labels(folder: Path, prepared: PreparedSet) -> PseudoLabels:
         folder=folder,
         records=_records(prepared, report["volume_ids"]),
         labels=labels,
-        class_pixels=_count_classes(labels, prepared.num_classes),
+        class_pixels=count_classes(labels, prepared.num_classes),
         report=report,
     )
 
@@ -333,7 +370,8 @@ def _mean_voxels(
     return {name: float(means[k]) for k, name in enumerate(prepared.class_names, start=1)}
 
 
-def _count_classes(labels: np.ndarray, num_classes: int) -> np.ndarray:
+def count_classes(labels: np.ndarray, num_classes: int) -> np.ndarray:
+    """Pixels of each class per slice, [n, C], of labels [n, H, W]."""
     counts = [np.bincount(s.ravel(), minlength=num_classes)[:num_classes] for s in labels]
     return np.stack(counts)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import types
 
 import nibabel as nib
@@ -274,6 +275,19 @@ def test_pseudo_labels_cannot_be_changed(made):
     batch = made.read(np.array([2]))
     batch[:] = 2  # a batch may be: it is a copy
     np.testing.assert_array_equal(made.labels[0], before)
+
+
+@pytest.mark.parametrize("system", ["this", "macOS"])
+def test_space_on_disk_is_taken_ahead(system, tmp_path, monkeypatch):
+    if system == "macOS":
+        monkeypatch.delattr(os, "posix_fallocate", raising=False)
+    path = tmp_path / "labels.npy"
+    np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=(40, 256, 256))
+    content = path.read_bytes()
+    assert 512 * path.stat().st_blocks < len(content)  # sparse: else nothing is tested
+    pseudo_labels._reserve(path)
+    assert 512 * path.stat().st_blocks >= len(content)
+    assert path.read_bytes() == content
 
 
 def test_labels_stay_on_disk(made):

@@ -9,9 +9,8 @@ import concurrent.futures
 import hashlib
 import json
 import math
-import os
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,9 +19,10 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from lclseg.cores import usable_cores
 from lclseg.data import nifti
 from lclseg.data.layouts import Files, find_files, niftis, stem
-from lclseg.data.splits import ROLES, draw_lists
+from lclseg.data.splits import ROLES, SplitError, draw_lists
 
 NAME = "nifti_folder"  # of the builder
 SIZE_MULTIPLE = 32  # px: five poolings
@@ -275,13 +275,18 @@ def complete(config: ConfigDict) -> tuple[ConfigDict, str]:
         surveys, data.slice_axis, data.target_spacing_mm
     )
     shown = {s.case_id: sum(v in s.voxels for v in data.label_values) for s in surveys if s.voxels}
+    given_lists = {role: tuple(data[role]) for role in ROLES}
+    kept, kept_notes = keep_roles(config.rounds.start_from, shown, given_lists, data.num_validation)
     lists, notes = draw_lists(
         np.random.default_rng(data.draw_seed),
         shown,
-        lists={role: tuple(data[role]) for role in ROLES},
+        lists=kept,
         num_labeled=data.num_labeled,
         num_unlabeled=len(files) - len(shown),
+        num_validation=data.num_validation,
     )
+    notes = kept_notes + notes
+    data.with_mask = tuple(sorted(shown))
     data.pool = tuple(f.case_id for f in files)  # less those with another role
     data.update(lists)
     others = sum(_channel(f, 1) != f.image and _channel(f, 1).exists() for f in files)
@@ -290,13 +295,60 @@ def complete(config: ConfigDict) -> tuple[ConfigDict, str]:
     return config, _summary(folder, data, surveys, given, notes)
 
 
+def keep_roles(
+    start_from: str,
+    with_mask: Collection[str],
+    lists: Mapping[str, Sequence[str]],
+    num_validation: int,
+) -> tuple[dict[str, tuple[str, ...]], list[str]]:
+    """The roles of the run that this one starts from; cases that have got a mask since learn.
+
+    So no case that the weights have learnt from is tested on, and a corrected mask is used.
+
+    Args:
+      start_from: `rounds.start_from`; "": nothing is kept.
+      with_mask: cases that have a mask now.
+      lists: by role, as the config gives them; a list that is not empty stays as it is.
+      num_validation: `data.num_validation`; with 0 nobody validates.
+
+    Returns:
+      Lists by role, and what is worth telling. The lists as they are, where that run was on other
+      data: one of its cases is not there, or has no mask.
+
+    Raises:
+      SplitError: the run is of a version that did not record which cases had a mask.
+    """
+    given = {role: tuple(patients) for role, patients in lists.items()}
+    path = Path(start_from).expanduser() / "config.json"
+    if not start_from or not path.is_file():  # the run says what is wrong with the folder
+        return given, []
+    before = json.loads(path.read_text())["data"]
+    roles = {role: tuple(before.get(role, ())) for role in ("labeled", "validation", "test")}
+    if before["name"] != NAME or not {p for r in roles.values() for p in r} <= set(with_mask):
+        return given, []
+    if "with_mask" not in before:
+        raise SplitError(
+            f"{path} does not tell which cases had a mask; wanted data.with_mask, which older "
+            "versions did not record: give data.labeled, data.validation and data.test"
+        )
+    new = sorted(set(with_mask) - set(before["with_mask"]))
+    roles["labeled"] += tuple(new)
+    if num_validation == 0:
+        roles["validation"] = ()
+    notes = [
+        f"roles as in {path.parent}; {len(new)} new masks to learn from{': ' if new else ''}"
+        f"{', '.join(new[:8])}"
+    ]
+    return given | {role: given[role] or patients for role, patients in roles.items()}, notes
+
+
 def survey(files: Sequence[Files], label_values: Sequence[int] = ()) -> list[Survey]:
     """`survey_case` of every case, on all cores: unpacking and counting hold no interpreter lock.
 
     Raises:
       volumes.VolumeError: of the first case that has one.
     """
-    workers = min(len(os.sched_getaffinity(0)), len(files))
+    workers = min(usable_cores(), len(files))
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
         surveys = pool.map(lambda f: survey_case(f, label_values), files)
         return list(tqdm(surveys, "looking at the masks", len(files), disable=None, leave=False))

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from lclseg.data import own_data
 from lclseg.data.dataset import PreparedSet, open_prepared
 from lclseg.data.nifti import VolumeError
-from lclseg.run.workdir import read_json
+from lclseg.run.workdir import chosen_stage, read_json
 
 Curve = tuple[list[int], np.ndarray]  # steps over the whole run, values; NaN between stages
 
@@ -54,8 +54,8 @@ class RecordedRun(NamedTuple):
 
     @property
     def chosen(self) -> str:
-        """The finished stage with the best validation Dice, the first of equals."""
-        return max(self.stages, key=lambda s: self.stages[s]["best_validation_dice"])
+        """The finished stage that the run would hand out."""
+        return chosen_stage(self.stages)
 
     @property
     def first_steps(self) -> dict[str, int]:
@@ -88,7 +88,9 @@ class RecordedRun(NamedTuple):
     def best_validation_dice(self) -> Curve:
         """The best mean of each finished stage."""
         best = {
-            s: max(r["validation"], key=lambda e: e["mean_dice"]) for s, r in self.stages.items()
+            s: max(r["validation"], key=lambda e: e["mean_dice"])
+            for s, r in self.stages.items()
+            if r["validation"]
         }
         x = [self.first_steps[stage] + entry["step"] for stage, entry in best.items()]
         return x, np.array([entry["mean_dice"] for entry in best.values()])

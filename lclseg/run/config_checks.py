@@ -4,26 +4,25 @@ from collections.abc import Sequence
 
 from ml_collections import ConfigDict
 
-from lclseg.losses import MATCHINGS
-
 CHOICES = {
+    "augment.strength": ("paper", "strong"),
     "loss.segmentation": (
         "dice_with_background",
         "dice_foreground",
         "cross_entropy",
         "batch_dice_and_cross_entropy",
     ),
-    "loss.matching": MATCHINGS,
+    "optimizer.schedule": ("constant", "cosine"),
     "model.dtype": ("float32", "bfloat16"),
 }
 POSITIVE = (
     "data.image_size",
     "data.target_spacing_mm",
     "data.labeled_batch_size",
+    "data.unlabeled_batch_size",
     "data.min_classes",
     "data.eval_batch_size",
     "model.embedding_dim",
-    "loss.temperature",
     "optimizer.learning_rate",
     "rounds.baseline_steps",
     "rounds.steps_per_round",
@@ -34,9 +33,6 @@ POSITIVE = (
     "crf.intensity_sigma",
 )
 NOT_NEGATIVE = (
-    "loss.contrastive_weight",
-    "loss.pseudo_label_weight",
-    "loss.pixels_per_class",
     "data.n4_shrink_factor",
     "crf.num_steps",
     "crf.spatial_weight",
@@ -51,15 +47,8 @@ JOINT_ONLY = (
     "data.manual_dir",
     "data.pool",
     "data.unlabeled",
-    "data.view_min_classes",
-    "data.pairs.",
-    "loss.contrastive_weight",
-    "loss.temperature",
-    "loss.pixels_per_class",
-    "loss.matching",
-    "loss.include_background",
-    "loss.pseudo_label_weight",
-    "augment.view_",
+    "data.unlabeled_batch_size",
+    "method.",
     "crf.",
     "pseudo_labels.",
     "rounds.num_rounds",
@@ -100,10 +89,7 @@ def check_config(config: ConfigDict, *, num_devices: int) -> None:
             f"data.image_size is {config.data.image_size}; with {len(config.model.filters)} levels "
             f"in model.filters wanted a multiple of {multiple}"
         )
-    for name, size in (
-        ("data.labeled_batch_size", config.data.labeled_batch_size),
-        ("the sum of data.pairs", sum(config.data.pairs.values())),
-    ):
+    for name, size in units_per_batch(config).items():
         if size <= 0 or size % num_devices:
             problems.append(
                 f"{name} is {size}; wanted a multiple of the {num_devices} devices, since batch "
@@ -111,6 +97,17 @@ def check_config(config: ConfigDict, *, num_devices: int) -> None:
             )
     if problems:
         raise ConfigError("\n  ".join(["the config cannot be run:", *problems]))
+
+
+def units_per_batch(config: ConfigDict) -> dict[str, int]:
+    """How much of each kind a global batch holds; devices share it equally."""
+    units = {
+        "data.labeled_batch_size": config.data.labeled_batch_size,
+        "data.unlabeled_batch_size": config.data.unlabeled_batch_size,
+    }
+    if "pairs" in config.method:
+        units["the sum of method.pairs"] = sum(config.method.pairs.values())
+    return units
 
 
 def _value(config: ConfigDict, key: str):
@@ -134,7 +131,7 @@ def refused_changes(before: dict, now: dict, begun: Sequence[str]) -> list[str]:
     """Dotted names of the values that a run cannot go on with.
 
     Allowed are other machine keys, more rounds, and more steps of the stage that is the last one
-    begun.
+    begun; with a decaying learning rate a stage's steps are fixed.
 
     Args:
       before, now: configs, read from JSON.
@@ -144,8 +141,9 @@ def refused_changes(before: dict, now: dict, begun: Sequence[str]) -> list[str]:
     allowed = list(MACHINE_KEYS)
     if rounds[1]["num_rounds"] > rounds[0]["num_rounds"]:
         allowed.append("rounds.num_rounds")
-    if rounds[1]["baseline_steps"] > rounds[0]["baseline_steps"] and "round_1" not in begun:
-        allowed.append("rounds.baseline_steps")
-    if rounds[1]["steps_per_round"] > rounds[0]["steps_per_round"] and "round_2" not in begun:
-        allowed.append("rounds.steps_per_round")
+    if now["optimizer"]["schedule"] == "constant":
+        if rounds[1]["baseline_steps"] > rounds[0]["baseline_steps"] and "round_1" not in begun:
+            allowed.append("rounds.baseline_steps")
+        if rounds[1]["steps_per_round"] > rounds[0]["steps_per_round"] and "round_2" not in begun:
+            allowed.append("rounds.steps_per_round")
     return [k for k in differing_keys(before, now) if k not in allowed]

@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import os
 import platform
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
@@ -37,6 +38,17 @@ def new_results(config: ConfigDict, prepared: PreparedSet, split: Split) -> dict
         },
         "results": {},
     }
+
+
+def chosen_stage(stages: Mapping[str, dict]) -> str:
+    """The stage that a run hands out, of results.json's `results`.
+
+    The best by validation Dice, the first of equals; the last where no volume validates.
+    """
+    dice = {stage: result["best_validation_dice"] for stage, result in stages.items()}
+    if None in dice.values():
+        return list(stages)[-1]
+    return max(dice, key=dice.__getitem__)
 
 
 def write_json(path: Path, content: dict) -> None:
