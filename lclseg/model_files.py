@@ -12,13 +12,14 @@ from lclseg import steps
 from lclseg.data import preprocess
 from lclseg.data.dataset import open_builder, preprocessing_of
 from lclseg.data.preprocess import Preprocessing
+from lclseg.errors import UserError
 from lclseg.models import UNet
 from lclseg.run import checkpoint
 from lclseg.run.setup import make_optimizer
-from lclseg.run.workdir import read_json
+from lclseg.run.workdir import chosen_stage, read_json
 
 
-class ModelError(ValueError):
+class ModelError(UserError):
     """A model that cannot be loaded or used; the message names it, found, wanted and way out."""
 
 
@@ -124,18 +125,19 @@ def _best_checkpoint(workdir: Path, only: str | None) -> tuple[str, int, float]:
     }
     stages = [p.name for p in folders if p.name == "baseline"]
     stages += [rounds[number] for number in sorted(rounds)]
-    found = []
+    found = {}
     for stage in stages:
         with checkpoint.open_stage(workdir / "checkpoints" / stage, read_only=True) as manager:
             step, dice = checkpoint.best(manager)
         if dice > checkpoint.UNVALIDATED:
-            found.append((stage, step, dice))
+            found[stage] = step, dice
     if not found:
         raise ModelError(
             f"{workdir}: no validated checkpoint of {only or 'any stage'} in it yet; wanted one at "
             "least: let the run reach its first validation (rounds.eval_every)"
         )
-    return max(found, key=lambda f: f[2])
+    stage = chosen_stage({s: dice for s, (_, dice) in found.items()})
+    return stage, *found[stage]
 
 
 def _preprocessing(workdir: Path, config: ConfigDict) -> Preprocessing:

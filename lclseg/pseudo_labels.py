@@ -15,6 +15,7 @@ from tqdm import tqdm
 from lclseg import evaluation, metrics
 from lclseg.data import nifti
 from lclseg.data.dataset import PreparedSet
+from lclseg.errors import UserError
 
 logger = logging.getLogger("lclseg")
 # A class is suspicious if the pool's volumes show it so many times more, or less, of it than the
@@ -26,7 +27,7 @@ SUSPICIOUS_FACTOR = 4
 IGNORE = 255
 
 
-class PseudoLabelError(ValueError):
+class PseudoLabelError(UserError):
     """No pseudo-labels to train on; the message tells why, and the way out."""
 
 

@@ -23,9 +23,10 @@ from tqdm import tqdm
 from lclseg import evaluation, quality_gate, report, steps
 from lclseg.crf import dense_crf
 from lclseg.data import batches, own_data
+from lclseg.errors import NonFiniteLossError
 from lclseg.pseudo_labels import PseudoLabels, load_pseudo_labels, make_pseudo_labels
 from lclseg.run import checkpoint, devices, multihost, tensorboard
-from lclseg.run.config_checks import ConfigError
+from lclseg.run.config_checks import ConfigError, check_config
 from lclseg.run.setup import (
     Run,
     evaluate_state,
@@ -35,7 +36,7 @@ from lclseg.run.setup import (
     take_over_baseline,
 )
 from lclseg.run.stopping import Interrupted
-from lclseg.run.workdir import forget_lines, new_results, read_json, write_json
+from lclseg.run.workdir import chosen_stage, forget_lines, new_results, read_json, write_json
 
 ZEROS_TO_WARN = 5  # validations in a row
 OVERLAYS = 2  # validation volumes shown in TensorBoard
@@ -101,7 +102,7 @@ def fit(
     Goes on from the stage's newest checkpoint if there is one.
 
     Raises:
-      FloatingPointError: the loss is not finite.
+      NonFiniteLossError: the loss is not finite.
     """
     rounds = run.config.rounds
     train_step = run.train_steps["baseline" if pseudo_labels is None else "joint"]
@@ -209,7 +210,7 @@ def check_finite(
     """Scalars of the last of the steps, when those of all are finite.
 
     Raises:
-      FloatingPointError: naming the first step that is not, and the file that lists its slices.
+      NonFiniteLossError: naming the first step that is not, and the file that lists its slices.
     """
     for number, metrics in unchecked.items():
         scalars = {k: float(v[0]) for k, v in metrics.items()}
@@ -223,7 +224,7 @@ def check_finite(
         }
         values = {k: str(v) for k, v in scalars.items()}
         write_json(path, {"stage": stage, "step": number, "metrics": values, **slices})
-        raise FloatingPointError(
+        raise NonFiniteLossError(
             f"{stage}, step {number}: {values}; {path} lists the slices of its batch. Look at "
             "their intensities, or try a lower optimizer.learning_rate or loss.contrastive_weight"
         )
@@ -389,10 +390,18 @@ def train_and_evaluate(
       Interrupted: `stop_asked` gave True; everything is saved.
     """
     started = time.monotonic()
+    check_config(config, num_devices=jax.device_count())
     config, proposed = own_data.complete(config)
     if proposed:
         logger.info("\n%s", proposed)
     run = start_run(config, workdir, stop_asked)
+    with run.lock:
+        return train_stages(run, started)
+
+
+def train_stages(run: Run, started: float) -> dict:
+    """`train_and_evaluate` in a workdir that is this run's."""
+    config, workdir = run.config, run.workdir
     results = read_json(workdir / "results.json") or new_results(config, run.prepared, run.split)
     if config.rounds.baseline_from and "baseline" not in results["results"]:
         if multihost.is_first():
@@ -405,7 +414,7 @@ def train_and_evaluate(
     for round_number in range(1, config.rounds.num_rounds + 1):
         best, pseudo_labels = run_round(run, results, round_number, best, pseudo_labels)
     stages = results["results"]
-    results["chosen"] = max(stages, key=lambda s: stages[s]["best_validation_dice"])
+    results["chosen"] = chosen_stage({s: r["best_validation_dice"] for s, r in stages.items()})
     write_json(workdir / "results.json", results)
     if multihost.is_first():
         report.write_own_page(workdir, run.prepared)

@@ -6,12 +6,13 @@ from typing import NamedTuple
 import numpy as np
 
 from lclseg.data.dataset import VolumeEntry
+from lclseg.errors import UserError
 
 ROLES = ("labeled", "unlabeled", "validation", "test")
 VALIDATION_PATIENTS = 2
 
 
-class SplitError(ValueError):
+class SplitError(UserError):
     """Patient lists that cannot be used; the message names the list and the way out."""
 
 
@@ -26,7 +27,7 @@ class Split(NamedTuple):
 
 def draw_lists(
     rng: np.random.Generator,
-    classes_shown: Mapping[str, int],
+    with_truth: Collection[str],
     *,
     lists: Mapping[str, Sequence[str]],
     num_labeled: str,
@@ -34,14 +35,15 @@ def draw_lists(
 ) -> tuple[dict[str, tuple[str, ...]], list[str]]:
     """Draws labelled, validation and test patients among those with ground truth.
 
-    Labelled: `num_labeled` of them, out of those that show most classes. Validation: 2, or 1 where
-    fewer than 4 are left. Test: all that are left; but where every patient has ground truth, a
-    fifth of them, so that the others make the unlabelled pool. "all" labels all but validation and
-    test, again a fifth. Where `num_labeled` is all there are, one of them is for validation.
+    By their names alone: what masks show, those of test patients too, chooses nobody. Labelled:
+    `num_labeled` of them. Validation: 2, or 1 where fewer than 4 are left. Test: all that are left;
+    but where every patient has ground truth, a fifth of them, so that the others make the
+    unlabelled pool. "all" labels all but validation and test, again a fifth. Where `num_labeled` is
+    all there are, one of them is for validation.
 
     Args:
       rng: random.
-      classes_shown: patients with ground truth -> number of foreground classes there.
+      with_truth: patients with ground truth.
       lists: by role; a list that is not empty stays as it is.
       num_labeled: a number, or "all".
       num_unlabeled: of patients without ground truth.
@@ -55,7 +57,7 @@ def draw_lists(
     if num_labeled != "all" and not (num_labeled.isdigit() and int(num_labeled)):
         raise SplitError(f"data.num_labeled is {num_labeled!r}; wanted a number above 0, or 'all'")
     named = {p for patients in lists.values() for p in patients}
-    free = [p for p in sorted(classes_shown) if p not in named]
+    free = [p for p in sorted(with_truth) if p not in named]
     free = [free[i] for i in rng.permutation(len(free))]
 
     open_roles = {role for role in ROLES if not lists[role]}
@@ -71,11 +73,8 @@ def draw_lists(
     has_pool = num_unlabeled > 0 or "unlabeled" not in open_roles
     count = _how_many(len(free), open_roles, num_labeled, has_pool=has_pool)
 
-    drawn = {"labeled": sorted(free, key=lambda p: -classes_shown[p])[: count["labeled"]]}
-    rest = [p for p in free if p not in drawn["labeled"]]
-    # A mask without foreground tells nothing of a checkpoint.
-    rest.sort(key=lambda p: classes_shown[p] == 0)
-    for role in ("validation", "test"):
+    drawn, rest = {}, free
+    for role in ("labeled", "validation", "test"):
         drawn[role], rest = rest[: count[role]], rest[count[role] :]
     found = {role: tuple(lists[role]) or tuple(sorted(drawn[role])) for role in drawn}
 
@@ -122,29 +121,21 @@ def _role_note(role: str, patients: Sequence[str], is_drawn: bool) -> str:
     return f"data.{role}: {len(patients)} {'drawn' if is_drawn else 'given'}{some and ': ' + some}"
 
 
-def resolve_split(
-    data_config, volumes: Mapping[str, VolumeEntry], *, may_lack_test: bool = False
-) -> Split:
-    """Turns the patient lists of `config.data` into volume ids.
+def choose_lists(data_config) -> dict[str, tuple[str, ...]]:
+    """The patients of each role, by `config.data` alone.
 
     `data.splits[num_labeled][split]` holds the labelled and validation patients; `data.pool` and
     `data.test_patients` the others. A non-empty `data.labeled`, `data.unlabeled`,
     `data.validation` or `data.test` replaces the list it names. Labelled, validation and test
     patients are taken out of the unlabelled pool.
 
-    Args:
-      data_config: `config.data`.
-      volumes: index of the prepared set.
-      may_lack_test: a run without test patients will do.
-
     Raises:
-      SplitError: no such split; a patient twice, in two roles, not in the data set, or without
-        ground truth where that is needed; an empty role (only the
-        unlabelled one may be: an upper bound has none).
+      SplitError: no such split; a patient twice or in two roles.
     """
-    chosen = data_config.splits.get(str(data_config.num_labeled), {}).get(data_config.split)
+    table = data_config.get("splits", {})
+    chosen = table.get(str(data_config.num_labeled), {}).get(data_config.split)
     if chosen is None and not (data_config.labeled and data_config.validation):
-        known = {n: sorted(s) for n, s in data_config.splits.items()}
+        known = {n: sorted(s) for n, s in table.items()}
         raise SplitError(
             f"no split {data_config.split!r} with num_labeled={data_config.num_labeled}; there are "
             f"{known}. Or set data.labeled and data.validation yourself"
@@ -152,8 +143,8 @@ def resolve_split(
     lists = {
         "labeled": list(data_config.labeled or chosen.labeled),
         "validation": list(data_config.validation or chosen.validation),
-        "test": list(data_config.test or data_config.test_patients),
-        "unlabeled": list(data_config.unlabeled or data_config.pool),
+        "test": list(data_config.test or data_config.get("test_patients", ())),
+        "unlabeled": list(data_config.unlabeled or data_config.get("pool", ())),
     }
     owner: dict[str, str] = {}
     for role in ("labeled", "validation", "test"):
@@ -172,7 +163,25 @@ def resolve_split(
                 "take them out of one list"
             )
     lists["unlabeled"] = [p for p in dict.fromkeys(lists["unlabeled"]) if p not in owner]
+    return {role: tuple(lists[role]) for role in ROLES}
 
+
+def resolve_split(
+    data_config, volumes: Mapping[str, VolumeEntry], *, may_lack_test: bool = False
+) -> Split:
+    """Turns the patient lists of `config.data`, see `choose_lists`, into volume ids.
+
+    Args:
+      data_config: `config.data`.
+      volumes: index of the prepared set.
+      may_lack_test: a run without test patients will do.
+
+    Raises:
+      SplitError: see `choose_lists`; a patient who is not in the data set, or without ground truth
+        where that is needed; an empty role (only the unlabelled one may be: an upper bound has
+        none).
+    """
+    lists = choose_lists(data_config)
     volumes_of: dict[str, list[VolumeEntry]] = {}
     for entry in volumes.values():
         volumes_of.setdefault(entry.patient_id, []).append(entry)

@@ -12,12 +12,13 @@ from ml_collections import ConfigDict
 from lclseg.data import own_data
 from lclseg.data.dataset import PreparedSet, open_prepared
 from lclseg.data.nifti import VolumeError
-from lclseg.run.workdir import read_json
+from lclseg.errors import UserError
+from lclseg.run.workdir import chosen_stage, read_json
 
 Curve = tuple[list[int], np.ndarray]  # steps over the whole run, values; NaN between stages
 
 
-class RunError(ValueError):
+class RunError(UserError):
     """A folder that holds no run; the message tells what is missing."""
 
 
@@ -55,7 +56,7 @@ class RecordedRun(NamedTuple):
     @property
     def chosen(self) -> str:
         """The finished stage with the best validation Dice, the first of equals."""
-        return max(self.stages, key=lambda s: self.stages[s]["best_validation_dice"])
+        return chosen_stage({s: r["best_validation_dice"] for s, r in self.stages.items()})
 
     @property
     def first_steps(self) -> dict[str, int]:
