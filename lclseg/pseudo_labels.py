@@ -136,7 +136,7 @@ def make_pseudo_labels(
             empty.append(volume_id)
         if previous is not None and volume_id in previous.report["volume_ids"]:
             before = previous.read(records[rows])
-            agreement.append(mean_foreground_dice(label, before, prepared.num_classes))
+            agreement.append(metrics.mean_foreground_dice(label, before, prepared.num_classes))
         native = prepared.read_native(volume_id)
         native_label = evaluation.to_native_label(prepared, volume_id, probs)
         path = folder / f"{volume_id}.nii.gz"
@@ -152,6 +152,7 @@ def make_pseudo_labels(
                 with_distances=False,
             )
     labels.flush()
+    agreement = [dice for dice in agreement if dice is not None]
     voxels = _mean_voxels(_count_classes(labels, prepared.num_classes), len(ids), prepared)
     vanished = [name for name, count in voxels.items() if count == 0]
     if vanished and previous is not None:
@@ -168,7 +169,7 @@ def make_pseudo_labels(
         "empty_volumes": empty,
         "mean_confidence": float(np.mean(confidence)),
         "ignored_fraction": float(np.mean(ignored)),
-        "dice_with_previous_round": float(np.nanmean(agreement)) if agreement else None,
+        "dice_with_previous_round": float(np.mean(agreement)) if agreement else None,
         "true_mean_dice": summary["mean_dice"],
         "true_dice_per_class": summary["dice_per_class"],
         "warnings": _warnings(voxels, empty, len(ids), prepared, labeled_ids),
@@ -280,9 +281,3 @@ def _mean_voxels(
 def _count_classes(labels: np.ndarray, num_classes: int) -> np.ndarray:
     counts = [np.bincount(s.ravel(), minlength=num_classes)[:num_classes] for s in labels]
     return np.stack(counts)
-
-
-def mean_foreground_dice(label: np.ndarray, other: np.ndarray, num_classes: int) -> float:
-    """Mean Dice of two labellings over the classes that either shows; 1.0 where there is none."""
-    scores = [metrics.dice(label == k, other == k) for k in range(1, num_classes)]
-    return float(np.nanmean(scores)) if not np.isnan(scores).all() else 1.0
