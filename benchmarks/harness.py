@@ -15,7 +15,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-CORES = len(os.sched_getaffinity(0))
+from lclseg.cores import usable_cores
+
+CORES = usable_cores()
 ROOT = Path(__file__).parents[1]
 # As run.sh has it. PyTorch gets it too.
 ENVIRONMENT = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}

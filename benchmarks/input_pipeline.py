@@ -26,6 +26,7 @@ def consume(batches: Iterable) -> None:
 
 
 def serve_ours(folder: Path, size: int, num_volumes: int) -> None:
+    from lclseg.data.batches import read_ahead
     from lclseg.run.setup import set_up_process
 
     config = phantom_run.config(folder, size=size, num_volumes=num_volumes, num_cpu_devices=1)
@@ -43,7 +44,7 @@ def serve_ours(folder: Path, size: int, num_volumes: int) -> None:
     def ahead(num_batches: int) -> float:
         # Other batches than `direct`: which slices they hold must not be known to any cache.
         numbers = num_batches, 2 * num_batches
-        return harness.timed(lambda: consume(batches.read_ahead(make_batch[0], *numbers)))
+        return harness.timed(lambda: consume(read_ahead(make_batch[0], *numbers)))
 
     def memory() -> dict[str, float]:
         return resident_mb()

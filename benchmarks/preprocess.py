@@ -12,7 +12,6 @@ import concurrent.futures
 import functools
 import json
 import multiprocessing
-import os
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -103,6 +102,7 @@ def serve_ours(folder: Path, size: int) -> None:
 
     from lclseg.data import grid, preprocess
     from lclseg.data.dataset import open_prepared
+    from tfds_builders import slices
 
     absl.logging.set_verbosity(absl.logging.ERROR)  # as in a run: TFDS logs by the page
     opened = {}
@@ -127,7 +127,7 @@ def serve_ours(folder: Path, size: int) -> None:
         with (
             mock.patch.object(preprocess, "to_slices", rescale_image),
             mock.patch.object(grid, "label_to_grid", rescale_label),
-            mock.patch.object(os, "sched_getaffinity", lambda _: {0}),
+            mock.patch.object(slices, "usable_cores", lambda: 1),
         ):
             return run()
 

@@ -97,7 +97,7 @@ def serve_ours(folder: Path, size: int, threads: int, process: tuple[int, int, i
         np.savez(folder / "weights.npz", **params)
 
         optimizer = optax.sgd(GRADIENT_SCALE)
-        options = steps.LossOptions(**config.loss)._replace(pixels_per_class=None)
+        options = steps.LossOptions(**config.loss)._replace(pixels_per_class=0)
         plain = functools.partial(
             steps.train_step,
             model=run.model,
@@ -125,7 +125,7 @@ def serve_ours(folder: Path, size: int, threads: int, process: tuple[int, int, i
                 one, max_rotation_degrees=o.max_rotation_degrees, scale_range=o.scale_range
             )
             displacement = augment.elastic_displacement(
-                two, image.shape, sigma_px=o.elastic_sigma_px, probability=o.elastic_probability
+                two, image.shape, sigma=o.elastic_sigma, probability=o.elastic_probability
             )
             coordinates = augment.warp_coordinates(matrix, displacement)
             return matrix, displacement, *augment.warp(image, label, coordinates)

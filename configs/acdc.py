@@ -51,8 +51,8 @@ SPLITS = {
 }
 
 
-def get_config() -> ConfigDict:
-    config = get_default()
+def get_config(method: str = "local_contrastive") -> ConfigDict:
+    config = get_default(method)
     data = config.data
     data.name = "acdc"
     data.image_size = 192

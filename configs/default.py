@@ -1,17 +1,23 @@
-"""Every quantity of the method, with the paper's values; the other configs start from here.
+"""Every quantity that all methods share, with the paper's values; other configs start from here.
 
-Symbols and sections are those of arXiv:2112.09645. Override on the command line:
---config.loss.temperature=0.2
+Symbols and sections are those of arXiv:2112.09645. The method and its own values come from
+methods/NAME.py; a config's argument names it: --config=configs/acdc.py:self_training. Override any
+value on the command line: --config.method.temperature=0.2
 """
 
+import runpy
+from pathlib import Path
+
 from ml_collections import ConfigDict
-from ml_collections.config_dict import placeholder
+
+METHODS = Path(__file__).with_name("methods")
 
 
-def get_config() -> ConfigDict:
+def get_config(method: str = "local_contrastive") -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
     config.num_cpu_devices = 0  # 0: one per core, as far as the batches divide
+    config.method = get_method(method)
 
     data = config.data = ConfigDict()
     data.name = ""  # of a builder in tfds_builders/
@@ -29,13 +35,13 @@ def get_config() -> ConfigDict:
     data.labeled = ()
     data.unlabeled = ()
     data.validation = ()
+    # Masks spent on choosing the checkpoint. -1: the list's, or of own data what is proposed; 0:
+    # none, and the last averaged weights of the last stage are handed out.
+    data.num_validation = -1
     data.test = ()
     data.labeled_batch_size = 20  # slices, over all devices
     data.min_classes = 3  # classes a labelled slice must show, background included
-    data.view_min_classes = 0  # likewise for the slices of pairs; 0: all classes
-    data.pairs = ConfigDict(
-        {"labeled_self": 2, "pseudo_self": 2, "labeled_pseudo": 3, "pseudo_pseudo": 3}
-    )
+    data.unlabeled_batch_size = 20  # slices without ground truth, of methods that draw them
     data.eval_batch_size = 40  # slices
 
     model = config.model = ConfigDict()
@@ -47,26 +53,17 @@ def get_config() -> ConfigDict:
     # dice_with_background, dice_foreground, cross_entropy or batch_dice_and_cross_entropy
     loss.segmentation = "dice_with_background"
     loss.class_weights = ()  # of cross_entropy, background first; (): equal
-    loss.contrastive_weight = 0.02  # lambda; the authors' 0.1 in their normalisation
-    loss.temperature = 0.1  # tau
-    loss.pixels_per_class = placeholder(int)  # K anchors per class and image; None or 0: all
-    loss.pixels_per_class = 3
-    loss.matching = "inter"  # or intra, batch
-    loss.include_background = False
-    loss.pseudo_label_weight = 0.0  # > 0: segmentation loss on pseudo-labels too (self-training)
-    loss.separate_batch_norm = False  # True: views go through in a pass of their own
 
     augment = config.augment = ConfigDict()
+    # paper: the values below. strong: those of lclseg.augment.strong_geometry and strong_intensity.
+    augment.strength = "paper"
+    augment.any_orientation = False  # strong: flips and whole turns, for scans without a fixed one
     augment.max_rotation_degrees = 15.0
     augment.scale_range = (0.95, 1.05)
     augment.elastic_probability = 0.5
-    augment.elastic_sigma_px = 5.0
+    augment.elastic_sigma = 0.026  # share of the slice's side: 5 px at 192 px
     augment.contrast_range = (0.8, 1.2)
     augment.max_brightness = 0.1
-    augment.view_contrast_range = (0.7, 1.3)  # contrastive views: intensity only
-    augment.view_max_brightness = 0.3
-    augment.view_clip = (0.0, 1.5)
-    augment.view_geometry = False  # True: views are moved like labelled slices, masks with them
 
     crf = config.crf = ConfigDict()  # refines the pseudo-labels, slice by slice
     crf.num_steps = 30  # of mean field; 0: no CRF
@@ -80,6 +77,7 @@ def get_config() -> ConfigDict:
     # Gate: two augmented predictions of a volume must agree to more than this Dice, else it is left
     # out of the round; the authors' is 0.9. 0: no gate.
     pseudo_labels.min_agreement = 0.0
+    pseudo_labels.largest_component = False  # of each class and volume, in 3-D; the rest goes
     pseudo_labels.min_confidence = 0.0  # pixels less certain than this are not learnt from
 
     optimizer = config.optimizer = ConfigDict()
@@ -92,13 +90,27 @@ def get_config() -> ConfigDict:
     rounds.num_rounds = 3
     rounds.steps_per_round = 5000
     rounds.baseline_from = ""  # workdir of a run whose finished baseline this run takes over
+    # Workdir of a run whose best weights the baseline starts from; own data keep its roles, and new
+    # masks are learnt from.
+    rounds.start_from = ""
+    # Within a round, pseudo-labels are made anew every so many steps; 0: once a round.
+    rounds.refresh_every = 0
     rounds.eval_every = 50  # steps between validations
     # Training batches from which BatchNorm's statistics are re-estimated before each validation.
     # 0: running averages, which lag by 100 steps and, with ema_decay, belong to other weights.
-    rounds.calibration_batches = 0
+    rounds.batch_norm_batches = 0
     rounds.fresh_heads = True  # joint training starts both heads afresh
 
     log = config.log = ConfigDict()
     log.every = 20  # steps between lines of metrics.jsonl
 
     return config
+
+
+def get_method(name: str) -> ConfigDict:
+    """The values of a method; raises ValueError where methods/ has none of that name."""
+    path = METHODS / f"{name}.py"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in METHODS.glob("*.py")))
+        raise ValueError(f"the config's argument is {name!r}; wanted one of {known}")
+    return ConfigDict({"name": name, **runpy.run_path(str(path))["OPTIONS"]})

@@ -63,8 +63,8 @@ SPLITS = {
 ALL = {f"c{c}": SPLITS["2"][f"c{c}"][1] for c in range(1, 6)}
 
 
-def get_config() -> ConfigDict:
-    config = get_default()
+def get_config(method: str = "local_contrastive") -> ConfigDict:
+    config = get_default(method)
     data = config.data
     data.name = "hippocampus"
     data.image_size = 64
@@ -90,10 +90,13 @@ def get_config() -> ConfigDict:
         }
         for c, validation in ALL.items()
     }
-    data.view_min_classes = 1
     data.labeled_batch_size = 8
-    data.pairs.update(labeled_self=0, pseudo_self=0, labeled_pseudo=2, pseudo_pseudo=2)
-    config.loss.pixels_per_class = 0  # every pixel
+    data.unlabeled_batch_size = 8
+    if config.method.name == "local_contrastive":
+        options = config.method
+        options.pixels_per_class = 0  # every pixel
+        options.view_min_classes = 1
+        options.pairs.update(labeled_self=0, pseudo_self=0, labeled_pseudo=2, pseudo_pseudo=2)
     # Of pixels the size of its structures: the paper's sigma of 10 would leave nothing of them.
     config.crf.spatial_sigma = 1.0
     config.crf.spatial_weight = 10.0
@@ -102,6 +105,6 @@ def get_config() -> ConfigDict:
     config.optimizer.ema_decay = 0.98
     config.rounds.baseline_steps = 400
     config.rounds.steps_per_round = 100
-    config.rounds.calibration_batches = 10
+    config.rounds.batch_norm_batches = 10
     config.rounds.fresh_heads = False  # too few steps to learn a head anew
     return config

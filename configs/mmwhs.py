@@ -48,8 +48,8 @@ SPLITS = {
 VALIDATION_OF_8 = {"c1": "1002 1005", "c2": "1001 1008", "c3": "1007 1002"}
 
 
-def get_config() -> ConfigDict:
-    config = get_default()
+def get_config(method: str = "local_contrastive") -> ConfigDict:
+    config = get_default(method)
     data = config.data
     data.name = "mmwhs"
     data.image_size = 160

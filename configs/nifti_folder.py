@@ -18,8 +18,8 @@ from ml_collections import ConfigDict
 get_default = runpy.run_path(str(Path(__file__).with_name("default.py")))["get_config"]
 
 
-def get_config() -> ConfigDict:
-    config = get_default()
+def get_config(method: str = "local_contrastive") -> ConfigDict:
+    config = get_default(method)
     data = config.data
     data.name = "nifti_folder"
     data.image_size = 0  # px, a multiple of 32; 0: what covers the masks' foreground
@@ -28,6 +28,7 @@ def get_config() -> ConfigDict:
     data.label_values = ()  # in the masks, of the classes 1, 2, ...; (): all but 0
     data.class_names = ()  # (): from dataset.json, or class_<value>
     data.folder_digest = ""  # filled in: names, sizes and times of the files
+    data.with_mask = ()  # filled in: cases that have one, so that a later run knows the new ones
     # Cases with a mask to learn from; "all": but for validation and test. The lists of cases are
     # drawn by draw_seed, not by seed, so that runs of several seeds share their test volumes.
     data.num_labeled = "2"
@@ -37,11 +38,13 @@ def get_config() -> ConfigDict:
     config.loss.segmentation = "batch_dice_and_cross_entropy"
     config.crf.num_steps = 0  # its sigmas are to be found for each kind of image
     data.labeled_batch_size = 12
-    data.pairs.update(labeled_self=1, pseudo_self=1, labeled_pseudo=2, pseudo_pseudo=2)
+    data.unlabeled_batch_size = 12
+    if config.method.name == "local_contrastive":
+        config.method.pairs.update(labeled_self=1, pseudo_self=1, labeled_pseudo=2, pseudo_pseudo=2)
     config.optimizer.ema_decay = 0.98
     config.rounds.baseline_steps = 300
     config.rounds.num_rounds = 2
     config.rounds.steps_per_round = 150
-    config.rounds.calibration_batches = 10
+    config.rounds.batch_norm_batches = 10
     config.rounds.fresh_heads = False  # too few steps to learn a head anew
     return config

@@ -25,8 +25,8 @@ SPLITS = {
 }
 
 
-def get_config() -> ConfigDict:
-    config = get_default()
+def get_config(method: str = "local_contrastive") -> ConfigDict:
+    config = get_default(method)
     data = config.data
     data.name = "phantom"
     data.image_size = 64
@@ -51,10 +51,14 @@ def get_config() -> ConfigDict:
     # Smaller batches than the paper's: the run has ten minutes on two cores.
     config.crf.num_steps = 0  # its spatial sigma is made for 192 px; not tried on this grid
     data.labeled_batch_size = 12
-    data.pairs.update(labeled_self=1, pseudo_self=1, labeled_pseudo=2, pseudo_pseudo=2)
+    data.unlabeled_batch_size = 12
+    if config.method.name == "local_contrastive":
+        config.method.pairs.update(labeled_self=1, pseudo_self=1, labeled_pseudo=2, pseudo_pseudo=2)
     config.optimizer.ema_decay = 0.98
     rounds = config.rounds
     rounds.baseline_steps = 500
     rounds.steps_per_round = 150
+    # The averaged weights need statistics of their own.
+    rounds.batch_norm_batches = 10
     rounds.fresh_heads = False  # too few steps to learn a head anew
     return config

@@ -42,8 +42,8 @@ SPLITS = {
 }
 
 
-def get_config() -> ConfigDict:
-    config = get_default()
+def get_config(method: str = "local_contrastive") -> ConfigDict:
+    config = get_default(method)
     data = config.data
     data.name = "prostate"
     data.image_size = 192

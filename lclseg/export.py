@@ -1,7 +1,8 @@
 """python -m lclseg.export --workdir=RUN --output=FOLDER
 
-Writes the best model of a run as a folder that lclseg.predict takes in place of the run: weights,
-what a volume goes through before them, and a model card. Reading it runs no code from it.
+Writes the best model of a run, or that of a --stage, as a folder that lclseg.predict takes in place
+of the run: weights, what a volume goes through before them, and a model card. Reading it runs no
+code from it.
 """
 
 import argparse
@@ -60,7 +61,7 @@ def _are_facts(value) -> bool:
     if not isinstance(value, dict) or not wanted <= value.keys():
         return False
     dice = value["validation_dice"]
-    return type(dice) in (int, float) and math.isfinite(dice)
+    return dice is None or (type(dice) in (int, float) and math.isfinite(dice))
 
 
 def _are_filters(value) -> bool:
@@ -204,7 +205,7 @@ def model_card(model: TrainedModel) -> str:
         volumes = f"{counts['labeled']} labelled"
         if facts["stage"] != "baseline":
             volumes += f", {counts['unlabeled']} unlabelled"
-        volumes += f"; checkpoint chosen on {counts['validation']} validation volumes"
+        volumes += f"; {counts['validation']} validation volumes"
     spacing = f"{how.target_spacing_mm:g}"
     field_mm = how.image_size * how.target_spacing_mm
     transforms = [
@@ -233,6 +234,13 @@ def model_card(model: TrainedModel) -> str:
             f"{tables.number(test['mean_assd_mm'], '.2f')} mm; {test['n_missed']} class-volume "
             "pairs missed."
         )
+    if facts["validation_dice"] is None:
+        chosen = "Not validated: these are the last weights of the stage."
+    else:
+        chosen = (
+            f"Validation Dice {facts['validation_dice']:.4f}. Where the checkpoint was chosen by "
+            "it, that is too high an estimate."
+        )
     return f"""# {facts["dataset"]}: {", ".join(how.class_names)}
 
 A 2-D U-Net for volumes, trained by lclseg, {method}.
@@ -248,8 +256,7 @@ Split {facts["split"]}, seed {facts["seed"]}; stage {facts["stage"]}, step {fact
 
 ## How good it is
 
-Validation Dice {facts["validation_dice"]:.4f}: the best of the run, chosen
-by it, so too high an estimate.
+{chosen}
 {tested}
 
 | class | label value | test Dice |
@@ -289,6 +296,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Not absl's flags: those of all modules of a process share their names.
     parser = argparse.ArgumentParser("lclseg.export", allow_abbrev=False, description=__doc__)
     parser.add_argument("--workdir", type=Path, required=True, help="of the run")
+    parser.add_argument(
+        "--stage", help="baseline, round_1, ...: its best model; last: the newest weights"
+    )
     parser.add_argument("--output", type=Path, required=True, help="folder that does not exist yet")
     options = parser.parse_args(argv)
     devices.set_up_jax(1)
@@ -296,11 +306,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     workdir = options.workdir.expanduser().absolute()
     if (workdir / MODEL_FILE).exists():
         raise ModelError(f"{workdir} is an exported model already; copy the folder")
-    model = model_files.load_run(workdir)
+    model = model_files.load_run(workdir, options.stage)
     write_model(model, output)
     facts = model.facts
     print(
-        f"{facts['stage']}, step {facts['step']}, validation Dice {facts['validation_dice']:.4f}\n"
+        f"{facts['stage']}, step {facts['step']}, validation Dice "
+        f"{tables.number(facts['validation_dice'], '.4f')}\n"
         f"{output}"
     )
 

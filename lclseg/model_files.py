@@ -1,6 +1,8 @@
-"""The best model of a run, with all that a prediction needs beside it."""
+"""A model of a run, as a rule its best, with all that a prediction needs beside it."""
 
+import functools
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,10 +15,12 @@ from lclseg.data import preprocess
 from lclseg.data.dataset import open_builder, preprocessing_of
 from lclseg.data.preprocess import Preprocessing
 from lclseg.errors import UserError
-from lclseg.models import UNet
+from lclseg.models import ProjectionHead, UNet
 from lclseg.run import checkpoint
 from lclseg.run.setup import make_optimizer
 from lclseg.run.workdir import chosen_stage, read_json
+
+LAST = "last"  # in place of a stage's name: the newest weights of the last one
 
 
 class ModelError(UserError):
@@ -48,7 +52,7 @@ def unet(preprocessing: Preprocessing, architecture: dict) -> UNet:
     return UNet(
         num_classes=len(preprocessing.class_names) + 1,
         filters=tuple(architecture["filters"]),
-        embedding_dim=architecture["embedding_dim"],
+        heads={"projection": functools.partial(ProjectionHead, architecture["embedding_dim"])},
         dtype=architecture["dtype"],
     )
 
@@ -57,6 +61,7 @@ def inference_state(params: dict, batch_stats: dict) -> steps.TrainState:
     """A state that can predict, and cannot be trained."""
     return steps.TrainState(
         step=jnp.zeros((), jnp.int32),
+        stage=jnp.zeros((2,), jnp.int32),
         params={},
         batch_stats=batch_stats,
         opt_state=(),
@@ -65,15 +70,21 @@ def inference_state(params: dict, batch_stats: dict) -> steps.TrainState:
 
 
 def load_run(workdir: Path, stage: str | None = None) -> TrainedModel:
-    """The best model of a run: highest validation Dice of all stages that have a checkpoint.
+    """The model of a run that is handed out, or that of a stage.
 
-    With `stage`, "baseline" or "round_<k>": the best of that one.
+    Without `stage`: highest validation Dice of all stages that have a checkpoint. Where the run
+    has no validation volumes: the last weights of the last finished stage.
 
     The run may be unfinished, even under way: nothing is changed in its folder.
 
+    Args:
+      workdir: of the run.
+      stage: "baseline" or "round_<k>": the best of that one, or its last without validation;
+        "last": the newest weights of the last stage, whatever their validation Dice.
+
     Raises:
-      ModelError: no run, none of its checkpoints has been validated, or one that this version
-        cannot read.
+      ModelError: no run, no such stage, none of its checkpoints has been validated, or one that
+        this version cannot read.
     """
     content = read_json(workdir / "config.json")
     if content is None:
@@ -82,7 +93,7 @@ def load_run(workdir: Path, stage: str | None = None) -> TrainedModel:
             "or a folder that lclseg.export wrote"
         )
     config = ConfigDict(content)
-    stage, step, dice = _best_checkpoint(workdir, stage)
+    stage, step, dice = _find_checkpoint(workdir, stage)
     how = _preprocessing(workdir, config)
     architecture = {
         "filters": list(config.model.filters),
@@ -115,29 +126,57 @@ def load_run(workdir: Path, stage: str | None = None) -> TrainedModel:
     )
 
 
-def _best_checkpoint(workdir: Path, only: str | None) -> tuple[str, int, float]:
-    """Stage, step and validation Dice; of equals, the earliest stage, as the run chooses."""
-    folders = [p for p in (workdir / "checkpoints").glob(only or "*") if p.is_dir()]
-    rounds = {
-        int(number[1]): p.name
-        for p in folders
-        if (number := re.fullmatch(r"round_(\d+)", p.name)) is not None
-    }
-    stages = [p.name for p in folders if p.name == "baseline"]
-    stages += [rounds[number] for number in sorted(rounds)]
+def _find_checkpoint(workdir: Path, stage: str | None) -> tuple[str, int, float | None]:
+    """Stage, step and validation Dice of the checkpoint that `load_run` wants."""
+    stages = _stages(workdir)
+    if stage is not None and stage != LAST and stage not in stages:
+        raise ModelError(
+            f"{workdir}: found no checkpoint of the stage {stage!r}; wanted one of "
+            f"{', '.join([*stages, LAST])}"
+        )
+    roles = read_json(workdir / "splits.json") or {}
+    if stage == LAST or roles.get("validation") == []:
+        return _newest_checkpoint(workdir, stage, stages)
     found = {}
-    for stage in stages:
-        with checkpoint.open_stage(workdir / "checkpoints" / stage, read_only=True) as manager:
+    for name in [stage] if stage else stages:
+        with checkpoint.open_stage(workdir / "checkpoints" / name, read_only=True) as manager:
             step, dice = checkpoint.best(manager)
         if dice > checkpoint.UNVALIDATED:
-            found[stage] = step, dice
+            found[name] = step, dice
     if not found:
         raise ModelError(
-            f"{workdir}: no validated checkpoint of {only or 'any stage'} in it yet; wanted one at "
-            "least: let the run reach its first validation (rounds.eval_every)"
+            f"{workdir}: no validated checkpoint of {stage or 'any stage'} in it yet; wanted one "
+            "at least: let the run reach its first validation (rounds.eval_every)"
         )
-    stage = chosen_stage({s: dice for s, (_, dice) in found.items()})
-    return stage, *found[stage]
+    name = chosen_stage({name: {"best_validation_dice": dice} for name, (_, dice) in found.items()})
+    return name, *found[name]
+
+
+def _newest_checkpoint(
+    workdir: Path, stage: str | None, stages: Sequence[str]
+) -> tuple[str, int, float | None]:
+    """The newest of a stage; of `LAST`: of the last stage; of None: of the last finished one."""
+    finished = (read_json(workdir / "results.json") or {}).get("results", {})
+    if stage is None:
+        stages = [s for s in stages if s in finished] or stages[:1]
+    elif stage != LAST:
+        stages = [stage]
+    for name in reversed(stages):
+        with checkpoint.open_stage(workdir / "checkpoints" / name, read_only=True) as manager:
+            step = checkpoint.latest_step(manager)
+            if step:
+                return name, step, checkpoint.validation_dice(manager, step)
+    raise ModelError(
+        f"{workdir}: no checkpoint in it yet; wanted one at least: let the run reach its first one "
+        "(rounds.eval_every)"
+    )
+
+
+def _stages(workdir: Path) -> list[str]:
+    """Names of the stages that have a folder of checkpoints, in the order of training."""
+    names = {p.name for p in (workdir / "checkpoints").glob("*") if p.is_dir()}
+    rounds = sorted(int(n[1]) for name in names if (n := re.fullmatch(r"round_(\d+)", name)))
+    return [s for s in ("baseline", *(f"round_{k}" for k in rounds)) if s in names]
 
 
 def _preprocessing(workdir: Path, config: ConfigDict) -> Preprocessing:
@@ -159,19 +198,23 @@ def _preprocessing(workdir: Path, config: ConfigDict) -> Preprocessing:
     return preprocessing_of(builder)
 
 
-def _facts(workdir: Path, config: ConfigDict, stage: str, step: int, dice: float) -> dict:
+def _facts(workdir: Path, config: ConfigDict, stage: str, step: int, dice: float | None) -> dict:
     """Where a model comes from.
 
-    Keys: "dataset", "description", "stage", "step", "validation_dice", "num_labeled", "split",
-    "seed"; "num_volumes", {role: int}, and "versions", None before the run's first test; "test",
-    its means (see `metrics.summarize`, without volumes), None where this checkpoint is not tested.
+    Keys: "dataset", "description", "stage", "step", "validation_dice" (None: not validated),
+    "num_labeled", "split", "seed"; "num_volumes", {role: int}, and "versions", None before the
+    run's first test; "test", its means (see `metrics.summarize`, without volumes), None where this
+    checkpoint is not tested.
     """
     results = read_json(workdir / "results.json") or {}
-    tested = results.get("results", {}).get(stage)
+    tested = results.get("results", {}).get(stage, {})
     test = None
     # A stage may have become longer since, and better.
-    if tested is not None and tested["best_validation_dice"] == dice:
-        test = {k: v for k, v in tested["test"].items() if k != "per_volume"}
+    if step == tested.get("num_steps") and "test_last" in tested:
+        test = tested["test_last"]
+    elif dice is not None and dice == tested.get("best_validation_dice"):
+        test = tested["test"]
+    test = test and {k: v for k, v in test.items() if k != "per_volume"}
     volumes = results.get("volumes")
     return {
         "dataset": config.data.name,

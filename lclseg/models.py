@@ -3,14 +3,17 @@
 Letters: B slices, H W pixels, C classes (background 0), E embedding, F filters.
 """
 
-from collections.abc import Sequence
-from typing import Any
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from lclseg.convolution import conv
+from lclseg.random_keys import slice_keys
 
 Array = jax.Array
 
@@ -147,33 +150,48 @@ class ConvBlock(nn.Module):
 
 
 class Trunk(nn.Module):
-    """Encoder and decoder: [B, H, W, 1] -> full-resolution features [B, H, W, filters[0]]."""
+    """Encoder and decoder: [B, H, W, 1] -> features of every decoder level, finest first.
+
+    Level l has [B, H / 2**l, W / 2**l, filters[l]]; the last one is the bottom of the U.
+    """
 
     filters: Sequence[int]
     dtype: Any = jnp.float32
     axis_name: str | None = None
 
     @nn.compact
-    def __call__(self, x: Array, *, train: bool) -> Array:
+    def __call__(
+        self, x: Array, *, train: bool, keep: Sequence[Array] | None = None
+    ) -> tuple[Array, ...]:
+        """Runs both; `keep` [B, 1, 1, filters[l]] for each level l scales the encoder's features.
+
+        That is UniMatch's feature dropout, arXiv:2208.09910: 0 drops a channel, 2 keeps it.
+        """
+
         def block(features: int, x: Array, **kwargs) -> Array:
             layer = ConvBlock(features, dtype=self.dtype, axis_name=self.axis_name, **kwargs)
             return layer(x, train=train)
 
-        skips = []
+        encoded: list[Array] = []
         for level, features in enumerate(self.filters):
             if level > 0:
-                skips.append(x)
                 x = max_pool(x)
             x = block(features, x)
             x = block(features, x)
+            encoded.append(x)
+        if keep is not None:
+            encoded = [e * k.astype(e.dtype) for e, k in zip(encoded, keep, strict=True)]
+        x = encoded[-1]
+        levels = [x]
         for level in reversed(range(len(self.filters) - 1)):
             features = self.filters[level]
             x = block(features, x, upsample=True)
-            x = jnp.concatenate([skips[level], x], axis=-1)
+            x = jnp.concatenate([encoded[level], x], axis=-1)
             x = block(features, x)
             if level > 0:
                 x = block(features, x)
-        return x
+            levels.insert(0, x)
+        return tuple(levels)
 
 
 class SegmentationHead(nn.Module):
@@ -214,25 +232,26 @@ class ProjectionHead(nn.Module):
 
 
 class UNet(nn.Module):
-    """2-D U-Net; about 2.1 M parameters with the default filters.
+    """2-D U-Net with a segmentation head; about 2.1 M parameters with the default filters.
 
-    Call `trunk`, `segment` and `project` through `apply(..., method=...)`, so that each head runs
-    on the slices its loss reads only; `__call__` runs everything (initialisation, export).
+    Call `trunk` and `head` through `apply(..., method=...)`, so that each head runs only on the
+    slices that its loss reads; `__call__` runs everything (initialisation).
 
     Example, a small one:
 
       >>> unet = UNet(num_classes=4, filters=(4, 8, 8))
       >>> images = jnp.zeros((2, 32, 32))
       >>> variables = unet.init(jax.random.key(0), images, train=False)
-      >>> features = unet.apply(variables, images, train=False, method="trunk")
-      >>> unet.apply(variables, features, train=False, method="segment").shape
+      >>> levels = unet.apply(variables, images, train=False, method="trunk")
+      >>> unet.apply(variables, levels, "segmentation", train=False, method="head").shape
       (2, 32, 32, 4)
 
     Attributes:
       num_classes: C, background included.
       filters: per level, top to bottom; H and W must be multiples of 2 ** (len(filters) - 1).
-      embedding_dim: E.
-      dtype: of the computation; parameters, logits and embeddings are float32 (but float64 leaves
+      heads: modules beside the segmentation head by name, made by (dtype=, axis_name=) and called
+        with the features of a level, `module.level` (default 0, the finest), and `train`.
+      dtype: of the computation; parameters and the heads' outputs are float32 (but float64 leaves
         float64, with which tests tell rounding from faults).
       axis_name: mapped axis over which BatchNorm averages its statistics in training; shards must
         be equal.
@@ -240,7 +259,7 @@ class UNet(nn.Module):
 
     num_classes: int
     filters: Sequence[int] = (16, 32, 64, 128, 128, 128)
-    embedding_dim: int = 16
+    heads: Mapping[str, Callable[..., nn.Module]] = dataclasses.field(default_factory=dict)
     dtype: Any = jnp.float32
     axis_name: str | None = None
 
@@ -248,10 +267,13 @@ class UNet(nn.Module):
         shared = {"dtype": self.dtype, "axis_name": self.axis_name}
         self.unet_trunk = Trunk(self.filters, **shared)
         self.segmentation_head = SegmentationHead(self.num_classes, **shared)
-        self.projection_head = ProjectionHead(self.embedding_dim, **shared)
+        for name, make in self.heads.items():
+            setattr(self, f"{name}_head", make(**shared))
 
-    def trunk(self, images: Array, *, train: bool) -> Array:
-        """[B, H, W] float -> features [B, H, W, filters[0]]. Raises ValueError on a bad H or W."""
+    def trunk(
+        self, images: Array, *, train: bool, keep: Sequence[Array] | None = None
+    ) -> tuple[Array, ...]:
+        """[B, H, W] or [B, H, W, K] float -> features of each level; ValueError on a bad H or W."""
         multiple = 2 ** (len(self.filters) - 1)
         if images.shape[1] % multiple or images.shape[2] % multiple:
             raise ValueError(
@@ -259,17 +281,109 @@ class UNet(nn.Module):
                 f"{len(self.filters)} levels both sides must be multiples of {multiple}; "
                 "change data.image_size or model.filters"
             )
-        return self.unet_trunk(images[..., None].astype(self.dtype), train=train)
+        if images.ndim == 3:
+            images = images[..., None]
+        return self.unet_trunk(images.astype(self.dtype), train=train, keep=keep)
 
-    def segment(self, features: Array, *, train: bool) -> Array:
-        """Features -> logits [B, H, W, C] float32."""
-        return self.segmentation_head(features, train=train)
+    def head(self, levels: Sequence[Array], name: str, *, train: bool) -> Array:
+        """Output of a head, "segmentation" or one of `heads`: logits [B, H, W, C] float32."""
+        module = getattr(self, f"{name}_head")
+        return module(levels[getattr(module, "level", 0)], train=train)
 
-    def project(self, features: Array, *, train: bool) -> Array:
-        """Features -> embeddings [B, H, W, E] float32, not normalised."""
-        return self.projection_head(features, train=train)
+    def __call__(self, images: Array, *, train: bool) -> dict[str, Array]:
+        """[B, H, W] -> the output of every head by name."""
+        levels = self.trunk(images, train=train)
+        return {
+            name: self.head(levels, name, train=train) for name in ("segmentation", *self.heads)
+        }
 
-    def __call__(self, images: Array, *, train: bool) -> tuple[Array, Array]:
-        """[B, H, W] -> (logits [B, H, W, C], embeddings [B, H, W, E])."""
-        features = self.trunk(images, train=train)
-        return self.segment(features, train=train), self.project(features, train=train)
+
+class Net(NamedTuple):
+    """One pass of the U-Net over named groups of slices, for the terms of a method.
+
+    Attributes:
+      model: the U-Net.
+    """
+
+    model: UNet
+
+    @property
+    def axis_name(self) -> str | None:
+        """The mapped device axis, None on a single device."""
+        return self.model.axis_name
+
+    def __call__(
+        self,
+        params: Any,
+        batch_stats: Any,
+        images: Mapping[str, Array],
+        heads: Mapping[str, Sequence[str]],
+        *,
+        dropout: Mapping[str, Array] | None = None,
+    ) -> tuple[dict[str, dict[str, Array]], Any]:
+        """Runs all groups in one pass, so that BatchNorm sees them together.
+
+        Args:
+          params, batch_stats: of the model.
+          images: [n, H, W] by group.
+          heads: names of the heads to run on each group.
+          dropout: random keys by group: half of the encoder's channels of its slices are dropped.
+
+        Returns:
+          Outputs by group and head, and BatchNorm's statistics after this batch; those of a head
+          that did not run are the given ones.
+        """
+        groups = list(images)
+        sizes = [len(images[g]) for g in groups]
+        starts = dict(zip(groups, np.cumsum([0, *sizes[:-1]]).tolist(), strict=True))
+        names = {name: [g for g in groups if name in heads[g]] for g in groups for name in heads[g]}
+        keep = None
+        if dropout:
+            parts = [self._keep(dropout.get(g), n) for g, n in zip(groups, sizes, strict=True)]
+            keep = [jnp.concatenate(level) for level in zip(*parts, strict=True)]
+
+        def run(module, x):
+            levels = module.trunk(x, train=True, keep=keep)
+            outputs = {}
+            for name, own in names.items():
+                rows = _rows(levels, [(starts[g], len(images[g])) for g in own])
+                outputs[name] = module.head(rows, name, train=True)
+            return outputs
+
+        variables = {"params": params, "batch_stats": batch_stats}
+        apply = nn.apply(run, self.model, mutable=["batch_stats"])
+        x = jnp.concatenate([images[g] for g in groups])
+        outputs, updates = apply(variables, x)
+        found: dict[str, dict[str, Array]] = {g: {} for g in groups}
+        for name, own in names.items():
+            ends = np.cumsum([len(images[g]) for g in own])[:-1].tolist()
+            for g, part in zip(own, jnp.split(outputs[name], ends), strict=True):
+                found[g][name] = part
+        ran = ("unet_trunk", *(f"{name}_head" for name in names))
+        return found, {
+            k: updates["batch_stats"][k] if k in ran else v for k, v in batch_stats.items()
+        }
+
+    def _keep(self, key: Array | None, num_slices: int) -> list[Array]:
+        """For each level [n, 1, 1, F]: 0 or 2, each with a chance of a half; 1 without a key."""
+        filters = self.model.filters
+        if key is None:
+            return [jnp.ones((num_slices, 1, 1, f)) for f in filters]
+        keys = slice_keys(key, num_slices, self.axis_name)
+        draws = jax.vmap(lambda k: jax.random.bernoulli(k, 0.5, (sum(filters),)))(keys)
+        parts = jnp.split(2.0 * draws, np.cumsum(filters)[:-1].tolist(), axis=1)
+        return [part[:, None, None] for part in parts]
+
+
+def _rows(levels: Sequence[Array], spans: Sequence[tuple[int, int]]) -> tuple[Array, ...]:
+    """The rows of some groups, (first, number) each, of every level."""
+    merged: list[tuple[int, int]] = []
+    for start, size in spans:
+        if merged and sum(merged[-1]) == start:
+            merged[-1] = (merged[-1][0], merged[-1][1] + size)
+        else:
+            merged.append((start, size))
+    if merged == [(0, len(levels[0]))]:
+        return tuple(levels)
+    cut = [[x[a : a + n] for a, n in merged] for x in levels]
+    return tuple(parts[0] if len(parts) == 1 else jnp.concatenate(parts) for parts in cut)

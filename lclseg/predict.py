@@ -1,8 +1,8 @@
 """python -m lclseg.predict --workdir=RUN --input=FILE_OR_FOLDER --output=FOLDER
 
-Segments NIfTI volumes of any size and spacing with the best model of a run, or with a model that
-lclseg.export wrote; several --workdir: with the mean of their probabilities. Results lie on the
-input, in the label values of the data set.
+Segments NIfTI volumes of any size and spacing with the best model of a run, that of a --stage, or
+a model that lclseg.export wrote; several --workdir: with the mean of their probabilities. Results
+lie on the input, in the label values of the data set.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import numpy as np
 from tqdm import tqdm
 
 from lclseg import evaluation, export, metrics, model_files
+from lclseg.cores import usable_cores
 from lclseg.data import grid, nifti, preprocess
 from lclseg.data.layouts import SUFFIXES, Files, is_label, niftis, stem
 from lclseg.data.nifti import VolumeError
@@ -23,7 +24,7 @@ from lclseg.data.preprocess import Preprocessing
 from lclseg.errors import in_words
 from lclseg.model_files import ModelError, TrainedModel
 from lclseg.page import tables
-from lclseg.run import devices
+from lclseg.run import devices, progress
 from lclseg.run.workdir import write_json
 
 # Where a label of NAME may be: the ways of ACDC, nnU-Net and MM-WHS among them.
@@ -134,16 +135,27 @@ def plan_outputs(
     return outputs
 
 
-def load_models(folders: Sequence[Path]) -> list[TrainedModel]:
+def load_models(folders: Sequence[Path], stage: str | None = None) -> list[TrainedModel]:
     """Opens runs and exported models, which must agree in classes and preprocessing.
+
+    Args:
+      folders: of runs and of exported models.
+      stage: of the runs, see `model_files.load_run`; None: their best. Exported models have one.
 
     Raises:
       ModelError: one cannot be loaded, or what differs between them.
     """
-    models = [
-        export.read_model(f) if (f / export.MODEL_FILE).exists() else model_files.load_run(f)
-        for f in folders
-    ]
+    models = []
+    for folder in folders:
+        if not (folder / export.MODEL_FILE).exists():
+            models.append(model_files.load_run(folder, stage))
+            continue
+        models.append(export.read_model(folder))
+        if stage is not None and stage != models[-1].facts["stage"]:
+            raise ModelError(
+                f"{folder}: an exported model of the stage {models[-1].facts['stage']!r}; found "
+                f"--stage={stage}: leave it out, or give the run that the model comes from"
+            )
     first = models[0]
     for other in models[1:]:
         differing = [
@@ -261,7 +273,8 @@ def segment(
             yield case.case_id, slices
 
     predictions = evaluation.predict_images(predict, read(), batch_size=batch_size)
-    for case_id, _, probs in tqdm(predictions, "segmenting", len(cases), disable=None, leave=False):
+    seen = progress.each(predictions, "segmenting", len(cases), leave=False, say=progress.to_stderr)
+    for case_id, _, probs in seen:
         shape, spacing_mm, truth = native.pop(case_id)
         back: dict[str, Any] = {"shape": shape[:2], "target_spacing_mm": how.target_spacing_mm}
         label = grid.probs_to_native_label(probs, spacing_mm, **back)
@@ -305,6 +318,7 @@ def predict_files(
     *,
     with_probabilities: bool = False,
     labels: Path | None = None,
+    stage: str | None = None,
 ) -> dict | None:
     """The whole command: checks everything, predicts, writes, and returns metrics if asked for.
 
@@ -315,7 +329,7 @@ def predict_files(
     outputs = plan_outputs(
         cases, output, with_probabilities=with_probabilities, with_metrics=labels is not None
     )
-    models = load_models(folders)
+    models = load_models(folders, stage)
     how = models[0].preprocessing
     check_cases(cases, how)
     summary = segment(mean_predictor(models), how, cases, outputs, batch_size=models[0].batch_size)
@@ -336,18 +350,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser("lclseg.predict", allow_abbrev=False, description=__doc__)
     add = parser.add_argument
     add("--workdir", action="append", type=Path, required=True, help="run or exported model")
+    add("--stage", help="baseline, round_1, ...: its best model; last: the newest weights")
     add("--input", type=Path, required=True, help="NIfTI file, or folder of them")
     add("--output", type=Path, required=True, help="folder for NAME.nii.gz")
     add("--probabilities", action="store_true", help="write NAME_probabilities.nii.gz, too")
     add("--labels", type=Path, help="folder of labels: Dice, HD95 and ASSD are computed")
     options = parser.parse_args(argv)
-    devices.set_up_jax(len(os.sched_getaffinity(0)))
+    devices.set_up_jax(usable_cores())
     summary = predict_files(
         [p.expanduser().absolute() for p in options.workdir],
         options.input.expanduser(),
         options.output.expanduser(),
         with_probabilities=options.probabilities,
         labels=options.labels and options.labels.expanduser(),
+        stage=options.stage,
     )
     if summary is not None:
         print(table(summary))

@@ -11,21 +11,41 @@ from scipy import ndimage
 
 from lclseg import metrics
 
-MAX_ROTATION_DEGREES = 30.0
-SCALE_RANGE = (0.9, 1.1)
+# Either way. Weaker maps would be next to none, and two of those agree on anything.
+ROTATION_DEGREES = (10.0, 30.0)
+SCALING = (1 / 30, 1 / 10)
 
 
-def draw_matrix(rng: np.random.Generator) -> np.ndarray:
-    """[2, 2] in-plane map, output to input: a rotation, a scaling or a flip, equally likely."""
-    match rng.integers(3):
-        case 0:
-            angle = np.deg2rad(rng.uniform(-MAX_ROTATION_DEGREES, MAX_ROTATION_DEGREES))
-            cos, sin = np.cos(angle), np.sin(angle)
-            return np.array([[cos, -sin], [sin, cos]])
-        case 1:
-            return np.eye(2) / rng.uniform(*SCALE_RANGE)
-        case _:
-            return np.diag([1.0, -1.0])
+def _either_way(rng: np.random.Generator, strength: tuple[float, float]) -> float:
+    return rng.choice([-1, 1]) * rng.uniform(*strength)
+
+
+def rotation(rng: np.random.Generator) -> np.ndarray:
+    """[2, 2] in-plane map, output to input: by `ROTATION_DEGREES` either way."""
+    angle = np.deg2rad(_either_way(rng, ROTATION_DEGREES))
+    cos, sin = np.cos(angle), np.sin(angle)
+    return np.array([[cos, -sin], [sin, cos]])
+
+
+def scaling(rng: np.random.Generator) -> np.ndarray:
+    """[2, 2], output to input: larger or smaller by `SCALING`."""
+    return np.eye(2) / (1 + _either_way(rng, SCALING))
+
+
+def flip(rng: np.random.Generator) -> np.ndarray:
+    """[2, 2], output to input: left to right; draws nothing."""
+    return np.diag([1.0, -1.0])
+
+
+def draw_matrices(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Two maps [2, 2] of different kinds, each pair of kinds equally likely, in either order.
+
+    Of one kind the two may be nearly or, as flips, exactly the same map: then whatever the network
+    says agrees with itself, and the gate passes it unseen.
+    """
+    first, second = rng.permutation(3)[:2]
+    kinds = (rotation, scaling, flip)
+    return kinds[first](rng), kinds[second](rng)
 
 
 def move_slices(slices: np.ndarray, matrix: np.ndarray) -> np.ndarray:
@@ -47,7 +67,7 @@ def agreement(
     """Mean foreground Dice of the predictions of two augmented copies of a volume.
 
     Args:
-      rng: draws the two augmentations.
+      rng: draws the two augmentations, see `draw_matrices`.
       predict: slices [S, H, W] -> class probabilities [S, H, W, C].
       image: [S, H, W].
 
@@ -56,10 +76,10 @@ def agreement(
       there is nothing to trust, and the agreement is 0.
     """
     labels = []
-    for _ in range(2):
-        matrix = draw_matrix(rng)
+    for matrix in draw_matrices(rng):
         probs = predict(move_slices(image, matrix))
         back = [move_slices(probs[..., k], np.linalg.inv(matrix)) for k in range(probs.shape[-1])]
         # What left the slice is zero in every class: argmax makes it background.
         labels.append(np.argmax(back, axis=0))
-    return metrics.mean_foreground_dice(*labels, probs.shape[-1]) or 0.0
+    first, second = labels
+    return metrics.mean_foreground_dice(first, second, probs.shape[-1]) or 0.0

@@ -25,11 +25,13 @@ def table(results: dict) -> str:
     """What a run found, as aligned text: stages on the test volumes, then pseudo-labels by round.
 
     Stages: validation and test Dice, gain over the baseline, Dice per class, HD95 and ASSD in mm,
-    class-volume pairs missed. Pseudo-labels: volumes used, rejected by the gate, empty; mean
-    confidence; Dice with the round before and, where ground truth is hidden, with the truth.
+    class-volume pairs missed, test Dice of the last weights. Pseudo-labels: volumes used, rejected
+    by the gate, empty; mean confidence; Dice with the round before and, where ground truth is
+    hidden, with the truth.
     """
     classes, stages = results["class_names"], results["results"]
-    tested = [["stage", "val Dice", "test Dice", "gain", *classes, "HD95 mm", "ASSD mm", "missed"]]
+    head = ["stage", "val Dice", "test Dice", "gain", *classes, "HD95 mm", "ASSD mm", "missed"]
+    tested = [[*head, "last"]]
     pseudo = [
         ["trained on", "volumes", "rejected", "empty", "confidence", "Dice before", "true Dice"],
     ]
@@ -45,7 +47,9 @@ def table(results: dict) -> str:
     caption = (
         f"{results['dataset']}: {len(volumes['labeled'])} labelled, {len(volumes['unlabeled'])} "
         f"unlabelled, {len(volumes['validation'])} validation, {len(volumes['test'])} test "
-        f"volumes; split {results['split']}, seed {results['seed']}; * best on validation"
+        f"volumes; split {results['split']}, seed {results['seed']}; "
+        f"* {'best on validation' if volumes['validation'] else 'handed out: the last'}; "
+        "last: test Dice of a stage's last weights"
     )
     parts = [f"{results['description']}\n{caption}", tables.aligned(tested)]
     if len(pseudo) > 1:

@@ -1,7 +1,7 @@
 """Pure training and prediction steps: functions of a TrainState, ready for jit or pmap.
 
-The steps know only the name of the device axis; `parallel.py` maps them over devices. Letters: B
-local labelled slices, P local pairs, H W pixels, C classes.
+The steps know the name of the device axis, and a method by its contract only (methods/contract.py).
+Letters: n local slices of a group, H W pixels, C classes, R stored slices.
 
 Gradients over devices: each device differentiates its local *sum* divided by the global count, then
 gradients are summed over devices. BatchNorm averages its statistics over devices inside the forward
@@ -10,7 +10,9 @@ pass, and the reverse of that average is part of the gradient: N devices give th
 
 import functools
 import math
-from collections.abc import Sequence
+import operator
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -19,9 +21,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from scipy import special
 
-from lclseg import augment, losses
-from lclseg.models import BATCH_NORM_MOMENTUM, UNet
+from lclseg.losses import IGNORE
+from lclseg.methods.contract import Augment, Slices, Term
+from lclseg.models import BATCH_NORM_MOMENTUM, Net, UNet
+from lclseg.random_keys import named_key, slice_keys
 
 Array = jax.Array
 
@@ -31,96 +36,110 @@ class TrainState(flax.struct.PyTreeNode):
 
     Attributes:
       step: int32 scalar, counts over all stages of a run; with the seed it names every random draw.
-      params: of the U-Net and both heads, float32.
-      batch_stats: BatchNorm's running statistics.
+      stage: [2] int32, first step of the stage and its number of steps: where a ramp-up stands.
+      params: of the U-Net and its heads, float32; of several networks a leading axis.
+      batch_stats: BatchNorm's running statistics, likewise.
       opt_state: of the optimiser; fresh in each stage.
       ema_params: exponential moving average of `params`; what evaluation and pseudo-labels use.
+      memory: what the method keeps between steps.
     """
 
     step: Array
+    stage: Array
     params: Any
     batch_stats: Any
     opt_state: Any
     ema_params: Any
+    memory: Any = ()
+
+    @property
+    def progress(self) -> Array:
+        """How much of the stage is done, float32 in [0, 1)."""
+        return (self.step - self.stage[0]) / jnp.maximum(self.stage[1], 1)
 
 
-class LossOptions(NamedTuple):
-    """Values of `config.loss`; see configs/default.py."""
+class Store(NamedTuple):
+    """All slices that training may draw, on the device; a batch is rows of it.
 
-    segmentation: str
-    class_weights: Sequence[float]
-    contrastive_weight: float
-    temperature: float
-    pixels_per_class: int | None  # None or 0: every pixel
-    matching: str
-    include_background: bool
-    pseudo_label_weight: float
-    separate_batch_norm: bool
+    Attributes:
+      image: [R, H, W] float32.
+      label: [R, H, W] uint8: ground truth of labelled slices, pseudo-labels, IGNORE elsewhere. The
+        ground truth of unlabelled slices is not in it.
+      is_labeled: [R] bool.
+    """
 
-
-class AugmentOptions(NamedTuple):
-    """Values of `config.augment`; see configs/default.py."""
-
-    max_rotation_degrees: float
-    scale_range: tuple[float, float]
-    elastic_probability: float
-    elastic_sigma_px: float
-    contrast_range: tuple[float, float]
-    max_brightness: float
-    view_contrast_range: tuple[float, float]
-    view_max_brightness: float
-    view_clip: tuple[float, float]
-    view_geometry: bool
+    image: Array
+    label: Array
+    is_labeled: Array
 
 
 def create_train_state(
-    key: Array, model: UNet, optimizer: optax.GradientTransformation, *, image_size: int
+    key: Array,
+    model: UNet,
+    optimizer: optax.GradientTransformation,
+    *,
+    image_size: int,
+    networks: int = 1,
+    init_memory: Callable[[Any], Any] = lambda params: (),
 ) -> TrainState:
     """A state at step 0; raises ValueError if the image size does not fit the model.
 
     Kernels are He-normal (normal truncated at 2 sigma, variance 2 / fan_in, as Flax has it),
-    BatchNorm starts as the identity. All kernels come from one draw: Flax's own initialisation
-    compiles a random-number program for each, ten seconds in all.
+    BatchNorm starts as the identity. Each kernel is drawn by its own path, so that a further head
+    moves no other one; and by NumPy: a random-number program a kernel compiles for ten seconds.
+
+    Args:
+      key: random key.
+      model, optimizer: static.
+      image_size: H = W.
+      networks: above 1, so many independent networks along a leading axis.
+      init_memory: of the method.
     """
     slices = jax.ShapeDtypeStruct((1, image_size, image_size), jnp.float32)
     shapes = jax.eval_shape(functools.partial(model.init, train=False), key, slices)
-    leaves = jax.tree_util.tree_leaves_with_path(shapes["params"])
-    kernels = [leaf for path, leaf in leaves if path[-1].key == "kernel"]
-    # 0.8796 is the standard deviation of a normal truncated at 2 sigma.
-    draw = jax.jit(lambda k: jax.random.truncated_normal(k, -2, 2, (sum(map(_size, kernels)),)))
-    values = np.asarray(draw(key)) / 0.87962566103423978
-    offset = 0
+    seed = jax.random.key_data(key).tolist()
 
-    def initial(path, leaf):
-        nonlocal offset
+    def initial(number, path, leaf):
         match path[-1].key:
             case "kernel":
-                size = _size(leaf)
-                value = values[offset : offset + size].reshape(leaf.shape)
-                offset += size
-                return jnp.asarray(value * np.sqrt(2 / _size(leaf, exclude_last=True)))
+                name = jax.tree_util.keystr(path) + (f" of {number}" if number else "")
+                rng = np.random.default_rng([*seed, zlib.crc32(name.encode())])
+                normal = truncated_normal(rng, leaf.shape)
+                return jnp.asarray(normal * np.sqrt(2 / math.prod(leaf.shape[:-1])), leaf.dtype)
             case "scale" | "var":
                 return jnp.ones(leaf.shape, leaf.dtype)
             case "bias" | "mean":
                 return jnp.zeros(leaf.shape, leaf.dtype)
         raise AssertionError(f"no rule to initialise {jax.tree_util.keystr(path)}")
 
-    params = jax.tree_util.tree_map_with_path(initial, shapes["params"])
+    def draw(tree):
+        drawn = [
+            jax.tree_util.tree_map_with_path(functools.partial(initial, number), tree)
+            for number in range(networks)
+        ]
+        return drawn[0] if networks == 1 else jax.tree.map(lambda *x: jnp.stack(x), *drawn)
+
+    params = draw(shapes["params"])
     return TrainState(
         step=jnp.zeros((), jnp.int32),
+        stage=jnp.zeros((2,), jnp.int32),
         params=params,
-        batch_stats=jax.tree_util.tree_map_with_path(initial, shapes["batch_stats"]),
+        batch_stats=draw(shapes["batch_stats"]),
         opt_state=optimizer.init(params),
         ema_params=jax.tree.map(jnp.copy, params),
+        memory=init_memory(params),
     )
 
 
-def _size(leaf, exclude_last: bool = False) -> int:
-    return math.prod(leaf.shape[:-1] if exclude_last else leaf.shape)
+def truncated_normal(rng: np.random.Generator, shape: Sequence[int]) -> np.ndarray:
+    """Normal numbers, none beyond 2 sigma, scaled to a standard deviation of 1; float64."""
+    low, high = special.ndtr([-2.0, 2.0])
+    # 0.8796 is the standard deviation of a normal truncated at 2 sigma.
+    return special.ndtri(rng.uniform(low, high, shape)) / 0.87962566103423978
 
 
 def warm_start(state: TrainState, fresh: TrainState) -> TrainState:
-    """Takes the trunk and its BatchNorm statistics from `state`, both heads from `fresh`.
+    """Takes the trunk and its BatchNorm statistics from `state`, all heads from `fresh`.
 
     The trunk is that of `state.ema_params`, the weights that validation chose.
     """
@@ -131,254 +150,103 @@ def warm_start(state: TrainState, fresh: TrainState) -> TrainState:
     )
 
 
-def restart(state: TrainState, optimizer: optax.GradientTransformation, *, step: int) -> TrainState:
-    """Starts a stage at `step` from the averaged weights of `state`, with a fresh optimiser."""
+def restart(
+    state: TrainState,
+    optimizer: optax.GradientTransformation,
+    *,
+    first_step: int,
+    num_steps: int,
+    init_memory: Callable[[Any], Any] = lambda params: (),
+) -> TrainState:
+    """Starts a stage at `first_step` from the averaged weights of `state`, all else fresh."""
     params = jax.tree.map(jnp.copy, state.ema_params)
     return state.replace(
-        step=jnp.asarray(step, jnp.int32), params=params, opt_state=optimizer.init(params)
+        step=jnp.asarray(first_step, jnp.int32),
+        stage=jnp.asarray([first_step, num_steps], jnp.int32),
+        params=params,
+        opt_state=optimizer.init(params),
+        memory=init_memory(params),
     )
 
 
-def segmentation_loss(
-    logits: Array, labels: Array, options: LossOptions, axis_name: str | None = None
-) -> Array:
-    """The segmentation loss of the config, per image: [B, H, W, C], [B, H, W] -> [B].
+def gather(store: Store, rows: Mapping[str, Array]) -> dict[str, Slices]:
+    """The groups of a batch: rows [n] of the store by group."""
+    return {
+        group: Slices(store.image[r], store.label[r], store.is_labeled[r])
+        for group, r in rows.items()
+    }
 
-    Its mean over the global batch is the loss; a term of the whole batch counts the same in each.
+
+def make_views(
+    key: Array,
+    groups: Mapping[str, Slices],
+    views: Mapping[str, tuple[str, Augment]],
+    axis_name: str | None,
+) -> dict[str, Slices]:
+    """Augments the groups of a batch into the views of a method; see `Method.views`.
+
+    A slice without any label has none after it either: what a move brings in is no background.
     """
-    match options.segmentation:
-        case "batch_dice_and_cross_entropy":
-            equal = jnp.ones(logits.shape[-1])
-            cross_entropy = losses.cross_entropy_loss(logits, labels, class_weights=equal)
-            return cross_entropy + losses.batch_dice_loss(logits, labels, axis_name=axis_name)
-        case "dice_with_background":
-            return losses.dice_loss(logits, labels)
-        case "dice_foreground":
-            return losses.dice_loss(logits, labels, include_background=False)
-        case "cross_entropy":
-            weights = jnp.asarray(options.class_weights or (1.0,) * logits.shape[-1])
-            if weights.shape != logits.shape[-1:]:
-                raise ValueError(
-                    f"loss.class_weights has {weights.size} values; wanted {logits.shape[-1]}, one "
-                    "per class with the background first, or () for equal weights"
-                )
-            return losses.cross_entropy_loss(logits, labels, class_weights=weights)
-    raise ValueError(
-        f"loss.segmentation is {options.segmentation!r}; wanted dice_with_background, "
-        "dice_foreground, cross_entropy or batch_dice_and_cross_entropy"
-    )
-
-
-def _axis(axis_name: str | None) -> tuple[Array | int, int]:
-    """(this device's index, number of devices) along the mapped axis."""
-    if axis_name is None:
-        return 0, 1
-    return jax.lax.axis_index(axis_name), jax.lax.axis_size(axis_name)
+    found = dict(groups)
+    for name, (source, augment) in views.items():
+        slices = found[source]
+        keys = slice_keys(named_key(key, name), len(slices.image), axis_name)
+        image, label = jax.vmap(augment)(keys, slices.image, slices.label)
+        has_label = jnp.any(slices.label != IGNORE, axis=(1, 2), keepdims=True)
+        label = jnp.where(has_label, label, IGNORE)
+        found[name] = Slices(image, label, slices.is_labeled)
+    return found
 
 
 def _sum_over(x, axis_name: str | None):
     return x if axis_name is None else jax.lax.psum(x, axis_name)
 
 
-def _slice_keys(key: Array, num_local: int, axis_name: str | None) -> Array:
-    """One key per local slice, named by its place in the *global* batch: no device count in it."""
-    index, _ = _axis(axis_name)
-    return jax.vmap(lambda i: jax.random.fold_in(key, i))(index * num_local + jnp.arange(num_local))
+def total_loss(terms: Mapping[str, Term], axis_name: str | None) -> tuple[Array, dict[str, Array]]:
+    """This device's share of the loss, and of each term before its weight.
 
-
-def augment_batch(
-    key: Array, batch: dict[str, Array], options: AugmentOptions, axis_name: str | None
-) -> dict[str, Array]:
-    """Augments labelled slices, and contrastive views with their masks.
-
-    Labelled slices are moved and their intensities jittered; views are jittered, and with
-    `view_geometry` moved as well, each with its own mask.
+    loss = sum over terms of weight x total / number, total and number over all devices.
     """
-    label_key, view_key = jax.random.split(key)
-
-    def move(k, image, label, contrast_range, max_brightness):
-        return augment.augment_slice(
-            k,
-            image,
-            label,
-            max_rotation_degrees=options.max_rotation_degrees,
-            scale_range=options.scale_range,
-            elastic_probability=options.elastic_probability,
-            elastic_sigma_px=options.elastic_sigma_px,
-            contrast_range=contrast_range,
-            max_brightness=max_brightness,
-        )
-
-    def labeled(k, image, label):
-        return move(k, image, label, options.contrast_range, options.max_brightness)
-
-    def view(k, image, label):
-        if options.view_geometry:
-            geometry_key, k = jax.random.split(k)
-            image, label = move(geometry_key, image, label, (1.0, 1.0), 0.0)
-        image = augment.augment_view(
-            k,
-            image,
-            contrast_range=options.view_contrast_range,
-            max_brightness=options.view_max_brightness,
-            clip=options.view_clip,
-        )
-        return image, label
-
-    keys = _slice_keys(label_key, batch["image"].shape[0], axis_name)
-    image, label = jax.vmap(labeled)(keys, batch["image"], batch["label"])
-    out = {**batch, "image": image, "label": label}
-    if "pair_image" in batch:
-        pairs, labels = batch["pair_image"], batch["pair_label"]
-        keys = _slice_keys(view_key, 2 * pairs.shape[0], axis_name)
-        views, masks = jax.vmap(view)(
-            keys, pairs.reshape(-1, *pairs.shape[2:]), labels.reshape(-1, *labels.shape[2:])
-        )
-        out |= {"pair_image": views.reshape(pairs.shape), "pair_label": masks.reshape(pairs.shape)}
-    return out
-
-
-def _forward(
-    model: UNet, params, batch_stats, batch: dict[str, Array], options: LossOptions
-) -> tuple[Array, Array | None, Any]:
-    """Logits, embeddings of the pairs [P, 2, H, W, E] or None, and new BatchNorm statistics.
-
-    One pass over labelled and contrastive slices; the logits are those of the labelled slices,
-    followed by those of the pairs where the pseudo-label term reads them.
-    """
-    segments_pairs = options.pseudo_label_weight > 0
-    num_labeled = batch["image"].shape[0]
-
-    def run(module, images):
-        features = module.trunk(images, train=True)
-        logits = module.segment(features if segments_pairs else features[:num_labeled], train=True)
-        if images.shape[0] == num_labeled:
-            return logits, None
-        return logits, module.project(features[num_labeled:], train=True)
-
-    def run_pairs(module, images):
-        features = module.trunk(images, train=True)
-        logits = module.segment(features, train=True) if segments_pairs else None
-        return logits, module.project(features, train=True)
-
-    variables = {"params": params, "batch_stats": batch_stats}
-    apply = nn.apply(run, model, mutable=["batch_stats"])
-    if "pair_image" not in batch:
-        (logits, _), updates = apply(variables, batch["image"])
-        return logits, None, updates["batch_stats"]
-    pairs = batch["pair_image"]
-    views = pairs.reshape(-1, *pairs.shape[2:])
-    if options.separate_batch_norm:
-        # The views' statistics normalise the views only; the running ones are the labelled slices'.
-        (logits, _), updates = apply(variables, batch["image"])
-        apply_pairs = nn.apply(run_pairs, model, mutable=["batch_stats"])
-        (pair_logits, embeddings), _ = apply_pairs(variables, views)
-        if segments_pairs:
-            logits = jnp.concatenate([logits, pair_logits])
-    else:
-        (logits, embeddings), updates = apply(variables, jnp.concatenate([batch["image"], views]))
-    return logits, embeddings.reshape(*pairs.shape, -1), updates["batch_stats"]
-
-
-def _contrastive_sum(
-    key: Array,
-    embeddings: Array,
-    labels: Array,
-    *,
-    num_classes: int,
-    options: LossOptions,
-    axis_name: str | None,
-) -> tuple[Array, Array]:
-    """Sum of the pairs' losses and number of valid pairs, local.
-
-    embeddings [P, 2, H, W, E], labels [P, 2, H, W]; a pair is valid if it shows any of the classes.
-    """
-    pair_axis = "pairs"
-    mapped = (pair_axis,) if axis_name is None else (axis_name, pair_axis)
-    shared = {"num_classes": num_classes, "include_background": options.include_background}
-
-    def one_pair(k, z, y):
-        anchors = None
-        if options.pixels_per_class:
-            anchors = losses.sample_anchors(
-                k, y, pixels_per_class=options.pixels_per_class, **shared
-            )
-        return losses.local_contrastive_loss(
-            z,
-            y,
-            anchors,
-            temperature=options.temperature,
-            matching=options.matching,
-            axis_name=mapped,
-            **shared,
-        )
-
-    keys = _slice_keys(key, labels.shape[0], axis_name)
-    pair_losses = jax.vmap(one_pair, axis_name=pair_axis)(keys, embeddings, labels)
-    lowest = 0 if options.include_background else 1
-    valid = jnp.any((labels >= lowest) & (labels < num_classes), axis=(1, 2, 3))
-    return jnp.sum(pair_losses), jnp.sum(valid)
+    numbers = _sum_over({name: term.number for name, term in terms.items()}, axis_name)
+    parts = {name: term.total / jnp.maximum(numbers[name], 1) for name, term in terms.items()}
+    weighted = [term.weight * parts[name] for name, term in terms.items()]
+    return functools.reduce(operator.add, weighted), parts
 
 
 def train_step(
     state: TrainState,
-    batch: dict[str, Array],
+    store: Store,
+    rows: Mapping[str, Array],
     key: Array,
     *,
-    model: UNet,
+    net: Net,
+    terms: Callable,
+    views: Mapping[str, tuple[str, Augment]],
     optimizer: optax.GradientTransformation,
-    loss_options: LossOptions,
-    augment_options: AugmentOptions,
     ema_decay: float,
-    axis_name: str | None = None,
+    remember: Callable[[Any, Any, Array], Any] = lambda memory, params, step: memory,
 ) -> tuple[TrainState, dict[str, Array]]:
-    """One optimiser step: augmentation, one forward pass, losses, gradients, Adam.
+    """One optimiser step: gather, augment, the method's terms, gradients, Adam, averaged weights.
 
     Args:
       state: the state before the step.
-      batch: `image` [B, H, W] float and `label` [B, H, W] int; in the joint stage also `pair_image`
-        [P, 2, H, W] and `pair_label` [P, 2, H, W]. Equal shares of the global batch per device.
-      key: the run's key, the same at every step; the state's step is folded in.
-      model, optimizer, loss_options, augment_options: static.
+      store: the slices.
+      rows: [n] int32 by group: this device's share of the global batch.
+      key: the key of all steps of the run; the state's step is folded in.
+      net, optimizer: static.
+      terms, views, remember: of the method; see `methods.contract.Method`.
       ema_decay: of the averaged weights; 0 makes them equal to the weights.
-      axis_name: the mapped device axis, or None on a single device.
 
     Returns:
-      The new state and scalar metrics of the global batch: `loss`, `segmentation_loss`,
-      `gradient_norm`, and in the joint stage `contrastive_loss` (and `pseudo_label_loss`).
-
-    The loss is L_seg + contrastive_weight L_local + pseudo_label_weight L_seg(pseudo-labels); the
-    last term is self-training (off in the paper's method).
+      The new state and scalar metrics of the global batch: `loss`, `gradient_norm` and each term.
     """
-    augment_key, anchor_key = jax.random.split(jax.random.fold_in(key, state.step))
-    batch = augment_batch(augment_key, batch, augment_options, axis_name)
-    _, num_devices = _axis(axis_name)
-    num_labeled = batch["image"].shape[0]
+    axis_name = net.axis_name
+    key = jax.random.fold_in(key, state.step)
+    batch = make_views(named_key(key, "views"), gather(store, rows), views, axis_name)
 
     def loss_fn(params):
-        logits, embeddings, batch_stats = _forward(
-            model, params, state.batch_stats, batch, loss_options
-        )
-        per_image = segmentation_loss(logits[:num_labeled], batch["label"], loss_options, axis_name)
-        parts = {"segmentation_loss": jnp.sum(per_image) / (num_labeled * num_devices)}
-        loss = parts["segmentation_loss"]
-        if embeddings is not None:
-            pair_labels = batch["pair_label"]
-            total, count = _contrastive_sum(
-                anchor_key,
-                embeddings,
-                pair_labels,
-                num_classes=model.num_classes,
-                options=loss_options,
-                axis_name=axis_name,
-            )
-            parts["contrastive_loss"] = total / jnp.maximum(_sum_over(count, axis_name), 1)
-            loss += loss_options.contrastive_weight * parts["contrastive_loss"]
-        if embeddings is not None and loss_options.pseudo_label_weight > 0:
-            pair_labels = pair_labels.reshape(-1, *pair_labels.shape[2:])
-            per_view = segmentation_loss(logits[num_labeled:], pair_labels, loss_options, axis_name)
-            parts["pseudo_label_loss"] = jnp.sum(per_view) / (per_view.size * num_devices)
-            loss += loss_options.pseudo_label_weight * parts["pseudo_label_loss"]
+        found, batch_stats = terms(net, params, state, batch, named_key(key, "terms"))
+        loss, parts = total_loss(found, axis_name)
         return loss, ({"loss": loss, **parts}, batch_stats)
 
     grads, (metrics, batch_stats) = jax.grad(loss_fn, has_aux=True)(state.params)
@@ -386,26 +254,61 @@ def train_step(
     metrics["gradient_norm"] = optax.tree.norm(grads)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    ema_params = optax.incremental_update(params, state.ema_params, 1 - ema_decay)
-    new_state = TrainState(
+    new_state = state.replace(
         step=state.step + 1,
         params=params,
         batch_stats=batch_stats,
         opt_state=opt_state,
-        ema_params=ema_params,
+        ema_params=optax.incremental_update(params, state.ema_params, 1 - ema_decay),
+        memory=remember(state.memory, params, state.step),
     )
     return new_state, metrics
 
 
-def batch_statistics(
+def train_steps(
     state: TrainState,
-    batch: dict[str, Array],
+    store: Store,
+    rows: Mapping[str, Array],
+    num_steps: Array,
     key: Array,
     *,
-    model: UNet,
-    loss_options: LossOptions,
-    augment_options: AugmentOptions,
-    axis_name: str | None = None,
+    step: Callable,
+) -> tuple[TrainState, dict[str, Array]]:
+    """Many steps in one dispatch.
+
+    Args:
+      state, store, key: as in `train_step`.
+      rows: [L, n] by group; L steps at most.
+      num_steps: int32 scalar in 1..L; any number runs the same program.
+      step: `train_step` with all that is static.
+
+    Returns:
+      The new state, and the metrics of the last step; `first_not_finite` is the place, from 0, of
+      the first step with a metric that is not finite, `num_steps` where there is none.
+    """
+    shapes = jax.eval_shape(step, state, store, {g: r[0] for g, r in rows.items()}, key)[1]
+    metrics = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+    def body(i, carry):
+        state, _, first = carry
+        state, metrics = step(state, store, {g: r[i] for g, r in rows.items()}, key)
+        finite = jnp.all(jnp.array([jnp.isfinite(m) for m in metrics.values()]))
+        return state, metrics, jnp.where(finite | (first < num_steps), first, i)
+
+    carry = (state, metrics, num_steps)
+    state, metrics, first = jax.lax.fori_loop(0, num_steps, body, carry)
+    return state, {**metrics, "first_not_finite": first}
+
+
+def batch_statistics(
+    state: TrainState,
+    store: Store,
+    rows: Mapping[str, Array],
+    key: Array,
+    *,
+    net: Net,
+    terms: Callable,
+    views: Mapping[str, tuple[str, Augment]],
 ) -> Any:
     """BatchNorm's statistics of one training batch under the averaged weights.
 
@@ -414,29 +317,43 @@ def batch_statistics(
     optima*, 2018: an average of weights needs statistics of its own).
 
     Args:
-      state, batch, model, loss_options, augment_options, axis_name: as in `train_step`.
-      key: of the batch's augmentation.
+      state, store, rows, net, terms, views: as in `train_step`.
+      key: of the batch.
 
     Returns:
       A tree like `state.batch_stats`; what the batch does not reach is that of `state`.
     """
-    batch = augment_batch(key, batch, augment_options, axis_name)
+    batch = make_views(named_key(key, "views"), gather(store, rows), views, net.axis_name)
     zeros = jax.tree.map(jnp.zeros_like, state.batch_stats)
-    _, _, updated = _forward(model, state.ema_params, zeros, batch, loss_options)
-    # From zero, a running statistic has moved by 1 - momentum of the batch's.
-    found = jax.tree.map(lambda x: x / (1 - BATCH_NORM_MOMENTUM), updated)
-    return found if "pair_image" in batch else {**found, **_projection(state.batch_stats)}
-
-
-def _projection(tree: dict) -> dict:
-    return {k: v for k, v in tree.items() if k == "projection_head"}
+    from_zero = state.replace(batch_stats=zeros)
+    _, updated = terms(net, state.ema_params, from_zero, batch, named_key(key, "terms"))
+    # From zero, a running statistic has moved by 1 - momentum of the batch's. What no pass reached
+    # is handed through, as the very object.
+    return {
+        name: state.batch_stats[name]
+        if updated[name] is zeros[name]
+        else jax.tree.map(lambda x: x / (1 - BATCH_NORM_MOMENTUM), updated[name])
+        for name in zeros
+    }
 
 
 def predict_step(state: TrainState, images: Array, *, model: UNet) -> Array:
     """Class probabilities [B, H, W, C] of slices [B, H, W], by the averaged weights."""
 
     def run(module, x):
-        return module.segment(module.trunk(x, train=False), train=False)
+        return module.head(module.trunk(x, train=False), "segmentation", train=False)
 
     variables = {"params": state.ema_params, "batch_stats": state.batch_stats}
     return jax.nn.softmax(nn.apply(run, model)(variables, images), axis=-1)
+
+
+def first_network(state: TrainState) -> TrainState:
+    """Of several networks, the first one, ready to predict."""
+    first = functools.partial(jax.tree.map, lambda x: x[0])
+    return state.replace(
+        params={},
+        ema_params=first(state.ema_params),
+        batch_stats=first(state.batch_stats),
+        opt_state=(),
+        memory=(),
+    )

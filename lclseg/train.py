@@ -5,38 +5,42 @@
 
 import contextlib
 import errno
-import functools
-import json
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import flax.jax_utils
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from lclseg import evaluation, quality_gate, report, steps
-from lclseg.crf import dense_crf
-from lclseg.data import batches, own_data
+from lclseg import evaluation, model_files, quality_gate, report, steps
+from lclseg.data import own_data
+from lclseg.data.batches import Pool, ground_truth_pool, records_of, sampler, select_slices
 from lclseg.errors import NonFiniteLossError
+from lclseg.label_stream import refinement, refresher
 from lclseg.pseudo_labels import PseudoLabels, load_pseudo_labels, make_pseudo_labels
+from lclseg.random_keys import named_key
 from lclseg.run import checkpoint, devices, multihost, tensorboard
 from lclseg.run.config_checks import ConfigError, check_config
 from lclseg.run.setup import (
+    Programs,
     Run,
+    Stage,
     evaluate_state,
     initial_state,
     predictor,
+    stages,
     start_run,
     take_over_baseline,
 )
+from lclseg.run.stage_files import open_stage_files
 from lclseg.run.stopping import Interrupted
-from lclseg.run.workdir import chosen_stage, forget_lines, new_results, read_json, write_json
+from lclseg.run.store import DeviceSlices, Labels
+from lclseg.run.workdir import chosen_stage, new_results, read_json, write_json
 
 ZEROS_TO_WARN = 5  # validations in a row
 OVERLAYS = 2  # validation volumes shown in TensorBoard
@@ -44,189 +48,303 @@ logger = logging.getLogger("lclseg")
 
 
 class Best(NamedTuple):
-    """The best checkpoint of a stage, by mean foreground 3-D Dice on the validation volumes."""
+    """A trained stage.
+
+    Attributes:
+      state: of the best checkpoint, by mean foreground 3-D Dice on the validation volumes; the
+        last where there are none.
+      last: the last state.
+      validation_dice: of `state`; None without validation volumes.
+      stage: which one.
+      history: the validations.
+      seconds: spent on "train", "validate" and "pseudo_labels", over all starts of the stage.
+    """
 
     state: steps.TrainState
-    validation_dice: float
-    stage: str
+    last: steps.TrainState
+    validation_dice: float | None
+    stage: Stage
+    history: list[dict]
+    seconds: dict[str, float]
 
 
-def batch_drawer(run: Run, pseudo_labels: PseudoLabels | None) -> Callable[[int], batches.Draw]:
-    """step -> which slices: labelled ones, and in the joint stage (with pseudo-labels) pairs."""
-    data, seed = run.config.data, run.config.seed
-    labeled = batches.ground_truth_pool(run.prepared, run.split.labeled)
-    labeled_records = batches.select_slices(
+def labels_of(run: Run, pseudo_labels: PseudoLabels | None) -> tuple[Labels, Pool]:
+    """What training may see: ground truth of labelled slices, pseudo-labels; and the pool."""
+    labeled = records_of(run.prepared, run.split.labeled)
+    if pseudo_labels is not None:
+        pool = Pool(pseudo_labels.records, pseudo_labels.class_pixels)
+        return Labels(labeled, pseudo_labels.records, pseudo_labels.labels), pool
+    records = records_of(run.prepared, run.split.unlabeled)
+    size, classes = run.prepared.image_size, run.prepared.num_classes
+    nothing = Labels(labeled, np.empty(0, int), np.empty((0, size, size), np.uint8))
+    return nothing, Pool(records, np.zeros((len(records), classes), int))
+
+
+def slices_of(run: Run, kind: str, pseudo_labels: PseudoLabels | None) -> DeviceSlices:
+    """The slices that a stage draws, and how."""
+    data, labeled = run.config.data, ground_truth_pool(run.prepared, run.split.labeled)
+    records = select_slices(
         labeled, min_classes=data.min_classes, at_least=1, role="labelled batch"
     )
-    if pseudo_labels is not None:
-        composition = batches.PairComposition(**data.pairs)
-        view_classes = data.view_min_classes or run.prepared.num_classes
-        labeled_views = batches.select_slices(
-            labeled, min_classes=view_classes, at_least=1, role="labelled views"
-        )
-        pseudo_views = batches.select_slices(
-            batches.Pool(pseudo_labels.records, pseudo_labels.class_pixels),
-            min_classes=view_classes,
-            at_least=2,
-            role="pseudo-labelled views",
-        )
-
-    def draw(step: int) -> batches.Draw:
-        records = batches.draw_labeled(seed, step, labeled_records, data.labeled_batch_size)
-        if pseudo_labels is None:
-            return batches.Draw(records)
-        pairs, is_pseudo = batches.draw_pairs(seed, step, labeled_views, pseudo_views, composition)
-        return batches.Draw(records, pairs, is_pseudo)
-
-    return draw
+    labels, unlabeled = labels_of(run, pseudo_labels)
+    draw, everything = None, records
+    if kind == "joint" and run.method.sampler is not None:
+        draw = run.method.sampler(labeled, unlabeled)
+        everything = np.concatenate([labeled.records, unlabeled.records])
+    draws = sampler(run.config.seed, records, data.labeled_batch_size, draw)
+    return DeviceSlices(run.prepared, labels, draws, everything)
 
 
-def read_batch(run: Run, pseudo_labels: PseudoLabels | None, draw: batches.Draw) -> dict:
-    """Reads this process' share of the slices of a draw: a batch, sharded over its devices."""
-    draw = batches.Draw(*map(multihost.share, draw))
-    batch = batches.read_labeled(run.prepared, draw.labeled)
-    if pseudo_labels is not None:
-        batch |= batches.read_pairs(run.prepared, pseudo_labels, draw.pairs, draw.is_pseudo)
-    return batches.shard(batch, jax.local_device_count())
+class Trained(NamedTuple):
+    """What `run_steps` gives: the state, a copy per device, and the steps' metrics."""
+
+    state: steps.TrainState
+    metrics: list[dict[str, float]]  # of the last step, or of all where one dispatch is a step
+    first: int  # step, counted over the run, of the first of `metrics`
+
+
+def run_steps(
+    run: Run, programs: Programs, state: steps.TrainState, slices: DeviceSlices, todo: range
+) -> Trained:
+    """Trains the steps `todo`, counted over the run, at most `log.every` of them.
+
+    Where one dispatch takes all of them (see `devices.steps_per_dispatch`) there is one wait for
+    the device, here at the end. Ends early where a stop is asked for, if steps are dispatched one
+    by one and no other process would wait.
+    """
+    key = named_key(run.key, "steps")
+    rows = slices.rows(todo)
+    length = devices.steps_per_dispatch(run.config.log.every)
+    if length > 1:
+        missing = length - len(todo)
+        padded = {g: np.pad(r, ((0, 0), (0, missing), (0, 0))) for g, r in rows.items()}
+        number = np.int32(len(todo))
+        state, found = programs.train(state, slices.store, padded, number, key)
+        last = {k: float(v[0]) for k, v in jax.device_get(found).items()}
+        bad = int(last.pop("first_not_finite"))
+        return Trained(state, [last], todo[min(bad, len(todo) - 1)])
+    waiting = []
+    for i in range(len(todo)):
+        step_rows = {g: r[:, i] for g, r in rows.items()}
+        state, found = programs.train(state, slices.store, step_rows, key)
+        waiting.append(found)
+        if not multihost.several() and run.stop_asked():
+            break
+    metrics = [{k: float(v[0]) for k, v in m.items()} for m in jax.device_get(waiting)]
+    return Trained(state, metrics, todo[0])
 
 
 def fit(
     run: Run,
-    stage: str,
+    stage: Stage,
     state: steps.TrainState,
-    num_steps: int,
     pseudo_labels: PseudoLabels | None,
-) -> tuple[Best, list[dict]]:
-    """Trains one stage and returns its best checkpoint and its validation history.
+) -> Best:
+    """Trains one stage and returns its best checkpoint.
 
     Goes on from the stage's newest checkpoint if there is one.
 
     Raises:
       NonFiniteLossError: the loss is not finite.
     """
-    rounds = run.config.rounds
-    train_step = run.train_steps["baseline" if pseudo_labels is None else "joint"]
-    draw = batch_drawer(run, pseudo_labels)
-    first_step = int(state.step)  # the stage's first step, counted over the whole run
-    digest = pseudo_labels.report["labels_sha256"] if pseudo_labels else None
-    history: list[dict] = []
+    programs, num_steps = run.programs[stage.kind], stage.num_steps
     with contextlib.ExitStack() as stack:
-        folder = run.workdir / "checkpoints" / stage
+        folder = run.workdir / "checkpoints" / stage.name
         manager = stack.enter_context(checkpoint.open_stage(folder))
-        done = checkpoint.latest_step(manager)
-        if done:
-            latest, progress = checkpoint.restore(manager, done, state)
-            if pseudo_labels and progress["labels_sha256"] != digest:
-                raise ConfigError(
-                    f"{folder}: training was begun on other pseudo-labels than those in "
-                    f"{pseudo_labels.folder}; remove the checkpoint folder to train this round anew"
-                )
-            history = progress["validation"]
-            logger.info("%s: going on from step %d of %d", stage, done, num_steps)
-        else:
-            latest = state
+        state, done, history, seconds = resume(manager, stage, state, pseudo_labels)
+        files = stack.enter_context(open_stage_files(run, stage, done))
+        labels, refresh = pseudo_labels, None
+        if pseudo_labels is not None:
+            labels, refresh = refresher(run, stage, pseudo_labels, done)
+        slices = slices_of(run, stage.kind, labels)
+        replicated, number, loaded_until = devices.replicate(state), done, done
+        while number < num_steps:
+            with timed(seconds, "train"):
+                end = next_stop(number, num_steps, run.config)
+                if loaded_until < end:
+                    first = stage.first_step
+                    loaded_until = slices.load(first + number, first + num_steps) - first
+                    end = min(end, loaded_until)
+                todo = range(stage.first_step + number, stage.first_step + end)
+                trained = run_steps(run, programs, replicated, slices, todo)
+                replicated = trained.state
+                scalars = check_finite(run, stage, trained, slices)
+                number = int(replicated.step[0]) - stage.first_step
+            due = due_at(run, stage, number, run.stop_asked())
+            files.advance(number, scalars["loss"])
+            if due.log:
+                files.log(number, scalars)
+            if not (due.validation or due.stop or due.refresh):
+                continue
+            with timed(seconds, "validate"):
+                current = calibrate(run, programs, replicated, slices, stage, number)
+            if due.refresh and refresh is not None:
+                with timed(seconds, "pseudo_labels"):
+                    labels = refresh(current, number, checkpoint.latest_step(manager))
+                    slices, loaded_until = slices_of(run, stage.kind, labels), number
+            score = None
+            if due.validation and run.split.validation:
+                with timed(seconds, "validate"):
+                    dice, pictures = validate(run, current)
+                score = dice["mean_dice"]
+                history.append({"step": number, **dice})
+                files.log(number, {"validation_dice": score}, pictures)
+                warn_of_zeros(stage.name, history)
+            if due.validation or due.stop:
+                progress = progress_of(pseudo_labels, history, seconds)
+                save(run, manager, number, current, progress, score)
+            if due.stop and number < num_steps:
+                checkpoint.finish(manager)
+                raise Interrupted(f"stopped in {stage.name} after step {number} of {num_steps}")
+        return outcome(manager, stage, state)
 
-        def read(step):
-            return read_batch(run, pseudo_labels, draw(step))
 
-        def save(dice):
-            if not (run.workdir / "config.json").exists():  # Orbax would make the folder anew
-                raise FileNotFoundError(errno.ENOENT, "removed under way", str(run.workdir))
-            progress = {"validation": history, "labels_sha256": digest}
-            checkpoint.save(manager, number, current, progress, dice)
+@contextlib.contextmanager
+def timed(seconds: dict[str, float], kind: str) -> Iterator[None]:
+    """Adds the block's seconds to those of a kind of work."""
+    started = time.monotonic()
+    yield
+    seconds[kind] = seconds.get(kind, 0.0) + time.monotonic() - started
 
-        forget_lines(run.workdir / "metrics.jsonl", stage, after_step=done)
-        writer = stack.enter_context(
-            tensorboard.open_writer(
-                run.workdir / "tensorboard" / stage, after_step=first_step + done
+
+def progress_of(
+    pseudo_labels: PseudoLabels | None, history: list[dict], seconds: dict[str, float]
+) -> dict:
+    """What a checkpoint tells beside the state; see `resume`."""
+    digest = pseudo_labels.report["labels_sha256"] if pseudo_labels else None
+    return {"validation": history, "labels_sha256": digest, "seconds": seconds}
+
+
+def resume(
+    manager, stage: Stage, state: steps.TrainState, pseudo_labels: PseudoLabels | None
+) -> tuple[steps.TrainState, int, list[dict], dict[str, float]]:
+    """Where a stage goes on: state, steps done, validations, seconds by kind of work.
+
+    Raises:
+      ConfigError: the stage was begun on other pseudo-labels.
+    """
+    done = checkpoint.latest_step(manager)
+    if not done:
+        return state, 0, [], {}
+    state, progress = checkpoint.restore(manager, done, state)
+    if progress["labels_sha256"] != progress_of(pseudo_labels, [], {})["labels_sha256"]:
+        raise ConfigError(
+            f"checkpoints of {stage.name}: training was begun on other pseudo-labels than those in "
+            f"{pseudo_labels and pseudo_labels.folder}; remove the checkpoint folder to train this "
+            "round anew"
+        )
+    logger.info("%s: going on from step %d of %d", stage.name, done, stage.num_steps)
+    # It may be longer now than when it was begun.
+    state = state.replace(stage=np.asarray([stage.first_step, stage.num_steps], np.int32))
+    return state, done, progress["validation"], progress["seconds"]
+
+
+class Due(NamedTuple):
+    """What is to be done after a step."""
+
+    log: bool
+    validation: bool
+    refresh: bool
+    stop: bool
+
+
+def due_at(run: Run, stage: Stage, number: int, stop: bool) -> Due:
+    """What is due after `number` steps of a stage."""
+    rounds, last = run.config.rounds, number == stage.num_steps
+    return Due(
+        log=last or number % run.config.log.every == 0,
+        validation=last or number % rounds.eval_every == 0,
+        refresh=not last and rounds.refresh_every > 0 and number % rounds.refresh_every == 0,
+        stop=stop,
+    )
+
+
+def save(
+    run: Run,
+    manager,
+    number: int,
+    replicated: steps.TrainState,
+    progress: dict,
+    score: float | None,
+) -> None:
+    """Writes a checkpoint; raises FileNotFoundError where the workdir was removed under way."""
+    if not (run.workdir / "config.json").exists():  # Orbax would make the folder anew
+        raise FileNotFoundError(errno.ENOENT, "removed under way", str(run.workdir))
+    checkpoint.save(manager, number, devices.unreplicate(replicated), progress, score)
+
+
+def outcome(manager, stage: Stage, like: steps.TrainState) -> Best:
+    """The best and the last checkpoint of a stage that is done."""
+    checkpoint.finish(manager)
+    step, score = checkpoint.chosen(manager)
+    best, _ = checkpoint.restore(manager, step, like)
+    last, progress = checkpoint.restore(manager, stage.num_steps, like)
+    if score is None:
+        logger.info("%s: step %d, the last; none was validated", stage.name, step)
+    else:
+        logger.info("%s: best validation Dice %.4f at step %d", stage.name, score, step)
+    return Best(best, last, score, stage, progress["validation"], progress["seconds"])
+
+
+def next_stop(number: int, num_steps: int, config: ConfigDict) -> int:
+    """The next step of a stage at which something is to be logged, validated or refreshed."""
+    every = [config.log.every, config.rounds.eval_every]
+    if config.rounds.refresh_every:
+        every.append(config.rounds.refresh_every)
+    return min(num_steps, *((number // n + 1) * n for n in every))
+
+
+def calibrate(
+    run: Run,
+    programs: Programs,
+    replicated: steps.TrainState,
+    slices: DeviceSlices,
+    stage: Stage,
+    number: int,
+) -> steps.TrainState:
+    """The state with BatchNorm's statistics re-estimated from the stage's last batches.
+
+    Of `rounds.batch_norm_batches` many; 0 leaves the running statistics.
+    """
+    key = named_key(run.key, "statistics")
+    last = stage.first_step + number
+    some = range(max(stage.first_step, last - run.config.rounds.batch_norm_batches), last)
+    if not run.config.rounds.batch_norm_batches:
+        return replicated
+    found = []
+    for step in some:
+        store, rows = slices.batch(step)
+        # One at a time: two runs at once may each hold a core and wait for their other device for
+        # ever.
+        found.append(
+            jax.block_until_ready(
+                programs.statistics(replicated, store, rows, jax.random.fold_in(key, step))
             )
         )
-
-        def log(scalars):
-            log_scalars(run, stage, number, scalars)
-            for name, value in scalars.items():
-                writer.add_scalar(name, value, first_step + number)
-
-        replicated = devices.replicate(latest)
-        loaded = batches.read_ahead(read, first_step + done, first_step + num_steps)
-        bar = tqdm(loaded, stage, num_steps, initial=done, unit="step", disable=None)
-        unchecked = {}  # step: metrics, still on the device
-        for number, batch in enumerate(bar, start=done + 1):
-            replicated, unchecked[number] = train_step(replicated, batch, run.key)
-            log_now = number % run.config.log.every == 0 or number == num_steps
-            validate_now = number % rounds.eval_every == 0 or number == num_steps
-            # Several processes agree on it where they wait for the devices anyway.
-            stop_now = (log_now or validate_now or not multihost.several()) and run.stop_asked()
-            if log_now or validate_now or stop_now:
-                scalars = check_finite(run, stage, unchecked, lambda n: draw(first_step + n - 1))
-                unchecked = {}
-            if log_now:
-                log(scalars)
-                bar.set_postfix(loss=f"{scalars['loss']:.3f}", refresh=False)
-            if not (validate_now or stop_now):
-                continue
-            current = flax.jax_utils.unreplicate(replicated)
-            if validate_now and rounds.calibration_batches:
-                last = first_step + number
-                some = range(max(first_step, last - rounds.calibration_batches), last)
-                current = calibrate(run, replicated, {s: read(s) for s in some})
-            if validate_now:
-                dice, pictures = validate(run, current)
-                history.append({"step": number, **dice})
-                log({"validation_dice": dice["mean_dice"]})
-                for volume_id, picture in pictures.items():
-                    writer.add_image(volume_id, picture, first_step + number, dataformats="HWC")
-                warn_of_zeros(stage, history)
-            save(dice["mean_dice"] if validate_now else None)
-            if stop_now and number < num_steps:
-                checkpoint.finish(manager)
-                raise Interrupted(f"stopped in {stage} after step {number} of {num_steps}")
-        checkpoint.finish(manager)
-        best_step, score = checkpoint.best(manager)
-        best, _ = checkpoint.restore(manager, best_step, state)
-    logger.info("%s: best validation Dice %.4f at step %d", stage, score, best_step)
-    return Best(best, score, stage), history
-
-
-def calibrate(run: Run, replicated: steps.TrainState, batches: dict[int, dict]) -> steps.TrainState:
-    """The state with BatchNorm's statistics re-estimated from batches (by step), unreplicated."""
-    # One at a time: two runs at once may each hold a core and wait for their other device for ever.
-    found = [
-        jax.block_until_ready(
-            run.batch_statistics(replicated, batch, jax.random.fold_in(run.key, step))
-        )
-        for step, batch in batches.items()
-    ]
     mean = jax.tree.map(lambda *x: sum(x) / len(x), *found)
-    return flax.jax_utils.unreplicate(replicated.replace(batch_stats=mean))
+    return replicated.replace(batch_stats=mean)
 
 
-def check_finite(
-    run: Run,
-    stage: str,
-    unchecked: dict[int, dict],
-    draw: Callable[[int], batches.Draw],
-) -> dict:
+def check_finite(run: Run, stage: Stage, trained: Trained, slices: DeviceSlices) -> dict:
     """Scalars of the last of the steps, when those of all are finite.
 
     Raises:
       NonFiniteLossError: naming the first step that is not, and the file that lists its slices.
     """
-    for number, metrics in unchecked.items():
-        scalars = {k: float(v[0]) for k, v in metrics.items()}
+    for step, scalars in enumerate(trained.metrics, start=trained.first):
         if all(map(math.isfinite, scalars.values())):
             continue
         path = run.workdir / "non_finite.json"
-        slices = {
-            role: [run.prepared.slice_name(r) for r in records.ravel()]
-            for role, records in (("labeled", draw(number).labeled), ("pairs", draw(number).pairs))
-            if records.size
+        number = step - stage.first_step + 1
+        drawn = {
+            group: [run.prepared.slice_name(r) for r in records]
+            for group, records in slices.sampler(step).items()
         }
         values = {k: str(v) for k, v in scalars.items()}
-        write_json(path, {"stage": stage, "step": number, "metrics": values, **slices})
+        write_json(path, {"stage": stage.name, "step": number, "metrics": values, **drawn})
         raise NonFiniteLossError(
-            f"{stage}, step {number}: {values}; {path} lists the slices of its batch. Look at "
-            "their intensities, or try a lower optimizer.learning_rate or loss.contrastive_weight"
+            f"{stage.name}, step {number}: {values}; {path} lists the slices of its batch. Look at "
+            "their intensities, or try a lower optimizer.learning_rate"
         )
     return scalars
 
@@ -273,46 +391,57 @@ def validate(run: Run, state: steps.TrainState) -> tuple[dict, dict[str, np.ndar
     return {k: summary[k] for k in ("mean_dice", "dice_per_class")}, pictures
 
 
-def log_scalars(run: Run, stage: str, step: int, scalars: dict[str, float]) -> None:
-    """Appends a line to metrics.jsonl."""
-    with (run.workdir / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps({"stage": stage, "step": step, **scalars}) + "\n")
+def finish_stage(run: Run, results: dict, best: Best, pseudo_labels: PseudoLabels | None) -> None:
+    """Tests a stage's best checkpoint and its last weights, and writes results.json.
 
-
-def finish_stage(
-    run: Run,
-    results: dict,
-    best: Best,
-    history: list[dict],
-    started: float,
-    pseudo_labels: PseudoLabels | None,
-) -> None:
-    """Tests a stage's best checkpoint, once for a number of steps, and writes results.json.
-
-    And report.html, for who follows the run; its pictures of volumes come at the end.
+    Once for a number of steps. And report.html, for who follows the run; its pictures of volumes
+    come at the end.
     """
-    num_steps = history[-1]["step"]
-    if results["results"].get(best.stage, {}).get("num_steps") == num_steps:
+    num_steps, name = best.stage.num_steps, best.stage.name
+    if results["results"].get(name, {}).get("num_steps") == num_steps:
         return
-    test = evaluate_state(
-        run,
-        best.state,
-        run.split.test,
-        stoppable=True,
-        with_distances=True,
-        save_to=run.workdir / "predictions" / best.stage if multihost.is_first() else None,
-    )
-    results["results"][best.stage] = {
-        "test": test,
+    started = time.monotonic()
+
+    def test(state, folder):
+        return evaluate_state(
+            run,
+            devices.replicate(state),
+            run.split.test,
+            stoppable=True,
+            with_distances=True,
+            save_to=run.workdir / folder / name if multihost.is_first() else None,
+        )
+
+    chosen = test(best.state, "predictions")
+    same = int(best.state.step) == int(best.last.step)
+    last = chosen if same else test(best.last, "predictions_last")
+    seconds = {**best.seconds, "test": time.monotonic() - started}
+    if pseudo_labels is not None:
+        made = pseudo_labels.report.get("seconds", 0.0)
+        seconds["pseudo_labels"] = seconds.get("pseudo_labels", 0.0) + made
+    results["results"][name] = {
+        "test": chosen,
+        "test_last": last,
         "num_steps": num_steps,
         "best_validation_dice": best.validation_dice,
-        "validation": history,
+        "validation": best.history,
         "pseudo_labels": pseudo_labels.report if pseudo_labels else None,
-        "seconds": round(time.monotonic() - started, 1),
+        "seconds": {k: round(v, 1) for k, v in seconds.items()},
+        **cost(run, best.stage, pseudo_labels, seconds.get("train", 0.0)),
     }
     write_json(run.workdir / "results.json", results)
     if multihost.is_first():
         report.write_own_page(run.workdir, None)
+
+
+def cost(run: Run, stage: Stage, pseudo_labels: PseudoLabels | None, train_seconds: float) -> dict:
+    """Slices drawn for the network and steps a second of a stage, and the devices' peak memory."""
+    groups = slices_of(run, stage.kind, pseudo_labels).sampler(stage.first_step)
+    return {
+        "slices": sum(map(len, groups.values())) * stage.num_steps,
+        "steps_per_second": round(stage.num_steps / train_seconds, 3) if train_seconds else None,
+        "peak_memory_bytes": devices.peak_memory_bytes(),
+    }
 
 
 def pseudo_label_pool(
@@ -323,16 +452,17 @@ def pseudo_label_pool(
     Read from disk where they are complete and this state's.
     """
     folder = run.workdir / "pseudo_labels" / f"round_{round_number}"
-    made_by = {"stage": best.stage, "step": int(best.state.step)}
+    made_by = {"stage": best.stage.name, "step": int(best.state.step)}
     stored = read_json(folder / "report.json") or {}
     if multihost.json_from_first(stored.get("made_by")) == made_by:
         for name in ("labels.npy", "report.json"):
             multihost.file_from_first(folder / name)
         return load_pseudo_labels(folder, run.prepared)
     options = run.config.pseudo_labels
+    replicated = devices.replicate(best.state)
     agreements = None
     if options.min_agreement > 0:
-        predict = predictor(run, best.state)
+        predict = predictor(run, replicated)
         agreements = {
             volume_id: quality_gate.agreement(
                 np.random.default_rng((run.config.seed, round_number, entry.first_slice)),
@@ -342,9 +472,8 @@ def pseudo_label_pool(
             for volume_id in tqdm(run.split.unlabeled, "gate", disable=None, leave=False)
             for entry in [run.prepared.volumes[volume_id]]
         }
-    refine = functools.partial(dense_crf, **run.config.crf) if run.config.crf.num_steps else None
     return make_pseudo_labels(
-        predictor(run, best.state, refine),
+        predictor(run, replicated, refine=refinement(run.config)),
         run.prepared,
         run.split.unlabeled,
         folder,
@@ -354,52 +483,74 @@ def pseudo_label_pool(
         agreements=agreements,
         min_agreement=options.min_agreement,
         min_confidence=options.min_confidence,
+        keep_largest=options.largest_component,
         made_by=made_by,
     )
 
 
-def run_round(
-    run: Run, results: dict, round_number: int, best: Best, pseudo_labels: PseudoLabels
-) -> tuple[Best, PseudoLabels]:
-    """One round: joint training on the pseudo-labels, then new pseudo-labels by its best state.
+def first_state(run: Run) -> steps.TrainState:
+    """What the first stage starts from: drawn weights, or the best ones of another run.
 
-    The round starts from the best state of the stage before: from the baseline with fresh heads,
-    from an earlier round with that round's.
+    Heads that the other run does not have are drawn.
     """
-    started = time.monotonic()
-    rounds = run.config.rounds
-    first_step = rounds.baseline_steps + (round_number - 1) * rounds.steps_per_round
-    optimizer = run.optimizers["joint"]
-    start = best.state
-    if round_number == 1 and rounds.fresh_heads:
-        start = steps.warm_start(start, initial_state(run, round_number))
-    state = steps.restart(start, optimizer, step=first_step)
-    best, history = fit(run, f"round_{round_number}", state, rounds.steps_per_round, pseudo_labels)
-    finish_stage(run, results, best, history, started, pseudo_labels)
-    return best, pseudo_label_pool(run, best, round_number + 1, pseudo_labels)
+    fresh = initial_state(run, 0)
+    if not run.config.rounds.start_from:
+        return fresh
+    source = model_files.load_run(Path(run.config.rounds.start_from).expanduser().absolute())
+    logger.info("starting from the weights of %s, %s", source.source, source.facts["stage"])
+    params, statistics = source.state.ema_params, source.state.batch_stats
+    return fresh.replace(
+        ema_params={k: params.get(k, v) for k, v in fresh.params.items()},
+        batch_stats={k: statistics.get(k, v) for k, v in fresh.batch_stats.items()},
+    )
+
+
+def run_stage(
+    run: Run, results: dict, stage: Stage, before: Best | None, pseudo_labels: PseudoLabels | None
+) -> Best:
+    """One stage, trained and tested.
+
+    The first one starts from drawn weights, or from those of another run; the next from the best
+    state of the one before, with fresh heads where the config wants them.
+    """
+    if before is None:
+        state = first_state(run)
+    elif before.stage.kind == "first" and run.config.rounds.fresh_heads:
+        state = steps.warm_start(before.state, initial_state(run, 1))
+    else:
+        state = before.state
+    state = steps.restart(
+        state,
+        run.programs[stage.kind].optimizer,
+        first_step=stage.first_step,
+        num_steps=stage.num_steps,
+        init_memory=run.method.init_memory,
+    )
+    best = fit(run, stage, state, pseudo_labels)
+    finish_stage(run, results, best, pseudo_labels)
+    return best
 
 
 def train_and_evaluate(
     config: ConfigDict, workdir: Path, stop_asked: Callable[[], bool] = lambda: False
 ) -> dict:
-    """Runs baseline and rounds, writes everything below `workdir`, returns results.json's content.
+    """Runs all stages, writes everything below `workdir`, returns results.json's content.
 
     Started again with the same config and workdir, it goes on where it stopped.
 
     Raises:
       Interrupted: `stop_asked` gave True; everything is saved.
     """
-    started = time.monotonic()
     check_config(config, num_devices=jax.device_count())
     config, proposed = own_data.complete(config)
     if proposed:
         logger.info("\n%s", proposed)
     run = start_run(config, workdir, stop_asked)
     with run.lock:
-        return train_stages(run, started)
+        return train_stages(run)
 
 
-def train_stages(run: Run, started: float) -> dict:
+def train_stages(run: Run) -> dict:
     """`train_and_evaluate` in a workdir that is this run's."""
     config, workdir = run.config, run.workdir
     results = read_json(workdir / "results.json") or new_results(config, run.prepared, run.split)
@@ -407,14 +558,15 @@ def train_stages(run: Run, started: float) -> dict:
         if multihost.is_first():
             take_over_baseline(run, results)
     results = multihost.json_from_first(results)
-    best, history = fit(run, "baseline", initial_state(run, 0), config.rounds.baseline_steps, None)
-    finish_stage(run, results, best, history, started, None)
-    if config.rounds.num_rounds:
-        pseudo_labels = pseudo_label_pool(run, best, 1, None)
-    for round_number in range(1, config.rounds.num_rounds + 1):
-        best, pseudo_labels = run_round(run, results, round_number, best, pseudo_labels)
-    stages = results["results"]
-    results["chosen"] = chosen_stage({s: r["best_validation_dice"] for s, r in stages.items()})
+    first, *others = stages(config, run.method)
+    best, pseudo_labels = run_stage(run, results, first, None, None), None
+    for number, stage in enumerate(others, start=1):
+        if run.method.offline:
+            pseudo_labels = pseudo_label_pool(run, best, number, pseudo_labels)
+        best = run_stage(run, results, stage, best, pseudo_labels)
+    if others and run.method.offline:
+        pseudo_label_pool(run, best, len(others) + 1, pseudo_labels)
+    results["chosen"] = chosen_stage(results["results"])
     write_json(workdir / "results.json", results)
     if multihost.is_first():
         report.write_own_page(workdir, run.prepared)

@@ -34,24 +34,14 @@ def pytest_configure(config):
     )
 
 
-def _real_data_subfolder(name):
-    default = Path(__file__).resolve().parents[2] / "shared"
-    folder = Path(os.environ.get("LCLSEG_REAL_DATA", default)).expanduser() / name
-    if not folder.is_dir():
-        pytest.skip(f"there is no folder {folder}; set LCLSEG_REAL_DATA to the folder above it")
-    return folder
-
-
-@pytest.fixture(scope="session")
-def golden_folder():
-    """Inputs, value and gradient of the authors' loss, one NPZ file each."""
-    return _real_data_subfolder("golden")
-
-
 @pytest.fixture(scope="session")
 def real_data_folder():
     """Downloaded data sets, as their publishers pack them."""
-    return _real_data_subfolder("data")
+    default = Path(__file__).resolve().parents[2] / "shared"
+    folder = Path(os.environ.get("LCLSEG_REAL_DATA", default)).expanduser() / "data"
+    if not folder.is_dir():
+        pytest.skip(f"there is no folder {folder}; set LCLSEG_REAL_DATA to the folder above it")
+    return folder
 
 
 @pytest.fixture(scope="session")

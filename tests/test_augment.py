@@ -240,16 +240,16 @@ NODES = np.ix_([0, 1], [1, 4, 7], [2, 7, 12])
 
 
 def test_elastic_nodes_have_the_stated_spread():
-    nodes = np.stack(
-        [field[NODES].ravel() for field in fields(3000, (9, 15), sigma_px=5.0, probability=1.0)]
-    )
-    np.testing.assert_allclose(nodes.mean(axis=0), 0, atol=0.4)
-    np.testing.assert_allclose(nodes.std(axis=0), 5.0, rtol=0.07)
+    """As shares of the sides, 9 and 15 px."""
+    drawn = fields(3000, (9, 15), sigma=0.02, probability=1.0)[:, *NODES]
+    nodes = (drawn / np.array([9, 15])[:, None, None]).reshape(len(drawn), 18)
+    np.testing.assert_allclose(nodes.mean(axis=0), 0, atol=0.0016)
+    np.testing.assert_allclose(nodes.std(axis=0), 0.02, rtol=0.07)
     np.testing.assert_allclose(np.corrcoef(nodes.T), np.eye(18), atol=0.1)
 
 
 def test_elastic_interpolates_its_nodes():
-    for field in fields(3, (9, 15), sigma_px=5.0, probability=1.0):
+    for field in fields(3, (9, 15), sigma=0.026, probability=1.0):
         rows, columns = keys_cubic_weights(9), keys_cubic_weights(15)
         for axis in range(2):
             np.testing.assert_allclose(
@@ -257,9 +257,65 @@ def test_elastic_interpolates_its_nodes():
             )
 
 
+def least_area(field):
+    """Least area of what becomes of the triangles at the corners of all squares of four pixels."""
+    points = np.indices(field.shape[1:]) + field
+    corners = points[:, :-1, :-1], points[:, :-1, 1:], points[:, 1:, 1:], points[:, 1:, :-1]
+    areas = []
+    for i in range(4):  # going round; the cross product of the two sides that meet at a corner
+        to_next, to_last = corners[(i + 1) % 4] - corners[i], corners[i - 1] - corners[i]
+        areas.append(to_last[0] * to_next[1] - to_last[1] * to_next[0])
+    return np.min(areas)
+
+
+def unbounded(monkeypatch):
+    monkeypatch.setattr(augment, "unfolded", lambda displacement: displacement)
+
+
+def test_least_area_sees_a_fold():
+    field = np.zeros((2, 5, 5))
+    assert least_area(field) == 1
+    field[0] = -0.75 * np.arange(5)[:, None]  # rows at a quarter of their distance
+    assert least_area(field) == pytest.approx(0.25)
+    field[1, 2, 2] = 2.5  # a column overtakes the two to its right
+    assert least_area(field) < 0
+
+
+@pytest.mark.parametrize("size", [64, 192])
+@pytest.mark.parametrize("sigma", [0.026, 0.08, 0.3])
+def test_no_field_folds(monkeypatch, size, sigma):
+    options = {"sigma": sigma, "probability": 1.0}
+    drawn = fields(150, (size, size), **options)
+    assert min(map(least_area, drawn)) > 0.099
+    unbounded(monkeypatch)
+    free = fields(150, (size, size), **options)
+    folds = np.array([least_area(field) < 0.1 for field in free])
+    if sigma == 0.026:  # the paper's: never near to folding, and left as it is to the bit
+        np.testing.assert_array_equal(drawn, free)
+    else:
+        assert folds.any()
+    # Scaled down as a whole, and by no more than it takes.
+    np.testing.assert_array_equal(drawn[~folds], free[~folds])
+    for field, original in zip(drawn[folds], free[folds], strict=True):
+        factor = np.sum(field * original) / np.sum(original**2)
+        assert factor < 1
+        np.testing.assert_allclose(field, factor * original, atol=1e-3)
+        assert least_area(field) < 0.101
+
+
+def test_a_field_is_the_same_at_every_size():
+    """Five pixels at 192 px, and as much of a slice of 64 px."""
+    small, large = (
+        fields(20, (size, size), sigma=5 / 192, probability=1.0) / size for size in (64, 192)
+    )
+    np.testing.assert_allclose(small, large[:, :, 1::3, 1::3], atol=1e-6)
+    nodes = fields(2000, (3, 3), sigma=5 / 192, probability=1.0) * 192 / 3
+    np.testing.assert_allclose(nodes.std(), 5, rtol=0.02)
+
+
 @pytest.mark.parametrize(("probability", "atol"), [(0.0, 0.0), (0.3, 0.05), (1.0, 0.0)])
 def test_elastic_probability(probability, atol):
-    drawn = fields(1000, (6, 9), sigma_px=5.0, probability=probability)
+    drawn = fields(1000, (6, 9), sigma=0.026, probability=probability)
     moved = (drawn != 0).any(axis=(1, 2, 3))
     np.testing.assert_allclose(moved.mean(), probability, atol=atol)
 
@@ -280,7 +336,7 @@ def test_label_values_never_grow():
     label[4:12, 6:20] = 2
     label[15:20, 3:9] = 200
     image = np.ones(SHAPE, np.float32)
-    _, labels = over_keys(image, label, elastic_sigma_px=8.0)
+    _, labels = over_keys(image, label, elastic_sigma=0.3)
     assert labels.dtype == np.uint8
     assert set(np.unique(labels)) == {0, 2, 5, 200}
 
@@ -288,7 +344,7 @@ def test_label_values_never_grow():
 def test_image_and_label_move_together():
     label = np.zeros(SHAPE, np.int32)
     label[5:18, 8:24] = 1
-    images, labels = over_keys(label.astype(np.float32), label, elastic_sigma_px=3.0, **NO_JITTER)
+    images, labels = over_keys(label.astype(np.float32), label, elastic_sigma=0.1, **NO_JITTER)
     # All four neighbours agree where the linear interpolation gives a plain 0 or 1.
     inside, outside = images > 1 - 1e-5, images < 1e-5
     assert (inside | outside).mean() > 0.8 and inside.any(axis=(1, 2)).all()
@@ -350,12 +406,12 @@ def test_options_may_be_traced_and_no_rank_is_promoted():
     @jax.jit
     def run(key, probability, sigma):
         slices = augment.augment_slice(
-            key, image, label, elastic_probability=probability, elastic_sigma_px=sigma
+            key, image, label, elastic_probability=probability, elastic_sigma=sigma
         )
         return slices, augment.augment_view(key, image)
 
     with jax.numpy_rank_promotion("raise"):
-        (warped, moved), view = run(jax.random.key(0), 0.5, 5.0)
+        (warped, moved), view = run(jax.random.key(0), 0.5, 0.026)
     assert warped.shape == moved.shape == view.shape == SHAPE
     assert warped.dtype == view.dtype == np.float32
 

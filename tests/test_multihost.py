@@ -27,7 +27,7 @@ STEP_BY_STEP = (
     *SHORT,
     "--config.seed=1",
     "--config.log.every=1",
-    "--config.rounds.calibration_batches=2",
+    "--config.rounds.batch_norm_batches=2",
 )
 
 

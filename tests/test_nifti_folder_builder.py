@@ -9,7 +9,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from lclseg import evaluation, report, train
+from lclseg import evaluation, export, model_files, predict, report, train
 from lclseg.data import own_data
 from lclseg.data.dataset import open_prepared
 from lclseg.data.nifti import VolumeError
@@ -496,6 +496,58 @@ def test_how_many_are_drawn(masks, without, num_labeled, expected):
         assert len({draw(seed)["labeled"] for seed in range(20)}) > 3
 
 
+# (masks, cases without, num_labeled, num_validation) -> labelled, validation, test.
+@pytest.mark.parametrize(
+    ("masks", "without", "num_labeled", "num_validation", "expected"),
+    [
+        (2, 9, "2", 0, (2, 0, 0)),
+        (1, 9, "1", 0, (1, 0, 0)),
+        (5, 9, "2", 0, (2, 0, 3)),
+        (2, 9, "all", 0, (1, 0, 1)),
+        (10, 0, "2", 0, (2, 0, 2)),
+        (9, 9, "2", 4, (2, 4, 3)),
+        (6, 9, "6", 3, (3, 3, 0)),
+    ],
+)
+def test_masks_are_spent_on_validation_as_asked(
+    masks, without, num_labeled, num_validation, expected
+):
+    lists, notes = draw_lists(
+        np.random.default_rng(0),
+        {f"p{n}": 2 for n in range(masks)},
+        lists=OPEN,
+        num_labeled=num_labeled,
+        num_unlabeled=without,
+        num_validation=num_validation,
+    )
+    assert tuple(len(lists[r]) for r in ("labeled", "validation", "test")) == expected
+    assert any("last averaged weights" in n for n in notes) == (num_validation == 0)
+
+
+def test_a_list_of_validation_cases_is_not_drawn_again():
+    lists, _ = draw_lists(
+        np.random.default_rng(0),
+        {p: 1 for p in "ABCDEFGH"},
+        lists=OPEN | {"validation": ("B",)},
+        num_labeled="2",
+        num_unlabeled=3,
+        num_validation=1,
+    )
+    assert lists["validation"] == ("B",) and len(lists["test"]) == 5
+
+
+def test_more_validation_cases_than_masks():
+    with pytest.raises(SplitError, match="wanted at least 4"):
+        draw_lists(
+            np.random.default_rng(0),
+            {p: 1 for p in "ABC"},
+            lists=OPEN,
+            num_labeled="2",
+            num_unlabeled=3,
+            num_validation=3,
+        )
+
+
 def test_lists_that_are_given_stay(tmp_path):
     shown = {p: 1 for p in "ABCDEFGH"}
     for lists, expected in (
@@ -576,6 +628,43 @@ def test_config_with_lists(tmp_path):
     assert own_data.complete(other)[0].data.test == data.test
 
 
+def test_a_run_that_learns_from_both_of_two_masks(tmp_path):
+    """No mask chooses a checkpoint: the last weights are handed out, and everything says so."""
+    folder = make_simple(tmp_path / "x", num_masks=2, num_cases=4, spacing_mm=(4.0, 1.0, 1.0))
+    workdir = tmp_path / "run"
+    config = config_of(
+        folder, data_dir=str(tmp_path / "prepared"), labeled_batch_size=4, num_validation=0
+    )
+    config.data.pairs.update(labeled_self=1, pseudo_self=1, labeled_pseudo=1, pseudo_pseudo=1)
+    config.model.filters = (4,)
+    config.rounds.update(baseline_steps=3, steps_per_round=2, num_rounds=1, eval_every=2)
+    config.rounds.calibration_batches = 1
+    results = train.train_and_evaluate(config, workdir)
+    assert {r: len(ids) for r, ids in results["volumes"].items()} == {
+        "labeled": 2,
+        "unlabeled": 2,
+        "validation": 0,
+        "test": 0,
+    }
+    assert results["chosen"] == "round_1"
+    for stage, steps in (("baseline", 3), ("round_1", 2)):
+        result = results["results"][stage]
+        assert (result["best_validation_dice"], result["validation"]) == (None, [])
+        assert result["num_steps"] == steps
+    assert "handed out: the last" in report.table(results)
+    assert "since no volume validates" in (workdir / "report.html").read_text()
+
+    model = model_files.load_run(workdir)
+    facts = {k: model.facts[k] for k in ("stage", "step", "validation_dice")}
+    assert facts == {"stage": "round_1", "step": 2, "validation_dice": None}
+    assert model_files.load_run(workdir, "baseline").facts["step"] == 3
+    export.write_model(model, tmp_path / "exported")
+    assert export.read_model(tmp_path / "exported").facts == model.facts
+    assert "Not validated" in (tmp_path / "exported" / "README.md").read_text()
+    predict.predict_files([workdir], folder / "images" / "c3.nii.gz", tmp_path / "out")
+    assert (tmp_path / "out" / "c3.nii.gz").exists()
+
+
 def test_a_run_with_two_masks(tmp_path):
     """Trains, tests on nothing, tells so; goes on with the same folder, not with a changed one."""
     folder = make_simple(tmp_path / "x", num_masks=2, num_cases=4, spacing_mm=(4.0, 1.0, 1.0))
@@ -586,7 +675,7 @@ def test_a_run_with_two_masks(tmp_path):
         config.data.pairs.update(labeled_self=1, pseudo_self=1, labeled_pseudo=1, pseudo_pseudo=1)
         config.model.filters = (4, 4)
         config.rounds.update(baseline_steps=2, steps_per_round=2, num_rounds=1, eval_every=2)
-        config.rounds.calibration_batches = 0
+        config.rounds.batch_norm_batches = 0
         return train.train_and_evaluate(config, workdir)
 
     results = run()

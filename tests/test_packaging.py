@@ -94,7 +94,8 @@ def test_every_data_file_is_packaged(setup_cfg):
 )
 def test_every_import_is_declared(folder, extras, setup_cfg):
     declared = {normal(REQUIREMENT.match(r)[1]) for r in requirements(setup_cfg, *extras)}
-    distributions = importlib.metadata.packages_distributions()
+    # Where the oracle does not build (setup.cfg), nothing installed tells whose module it is.
+    distributions = {"pydensecrf": ["pydensecrf2"], **importlib.metadata.packages_distributions()}
     modules = imported_modules(folder)
     assert modules
     beside = {p.stem for p in (ROOT / folder).glob("*.py")}

@@ -9,7 +9,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from lclseg import evaluation, model_files, predict
+from lclseg import evaluation, export, model_files, predict
 from lclseg.data import nifti, preprocess
 from lclseg.data.layouts import Files
 from lclseg.data.nifti import VolumeError
@@ -548,6 +548,40 @@ def test_the_best_stage_is_loaded_and_the_run_left_alone(tiny_run):
     for stage, result in results["results"].items():
         one = model_files.load_run(workdir, stage=stage).facts
         assert (one["stage"], one["validation_dice"]) == (stage, result["best_validation_dice"])
+
+
+def test_any_stage_is_loaded_on_demand(tiny_run, tmp_path):
+    workdir, results = tiny_run
+    stage, result = list(results["results"].items())[-1]
+    last = model_files.load_run(workdir, "last").facts
+    assert (last["stage"], last["step"]) == (stage, result["num_steps"])
+    assert last["validation_dice"] == result["validation"][-1]["mean_dice"]
+    assert last["test"]["mean_dice"] == result["test_last"]["mean_dice"]
+    with pytest.raises(ModelError, match="'round_7'; wanted one of baseline, round_1, last"):
+        model_files.load_run(workdir, "round_7")
+    exported = tmp_path / "exported"
+    export.write_model(model_files.load_run(workdir, "baseline"), exported)
+    assert predict.load_models([exported], "baseline")[0].facts["stage"] == "baseline"
+    with pytest.raises(ModelError, match="of the stage 'baseline'; found --stage=last"):
+        predict.load_models([workdir, exported], "last")
+
+
+def test_the_command_takes_a_stage(tiny_run, phantom_folder, tmp_path, main):
+    """The Dice of its labels is what the run itself found for that stage, not for its best."""
+    workdir, results = tiny_run
+    name = "phantom_004"
+    stages = results["results"]
+    wanted = {"baseline": stages["baseline"]["test"], "last": stages["round_1"]["test_last"]}
+    wanted = {k: v["per_volume"][name]["dice"] for k, v in wanted.items()}
+    assert wanted["baseline"] != wanted["last"]
+    for stage, dice in wanted.items():
+        main(
+            *("--workdir", workdir, "--stage", stage, "--output", tmp_path / stage),
+            *("--input", phantom_folder / "images" / f"{name}.nii.gz"),
+            *("--labels", phantom_folder / "labels"),
+        )
+        found = json.loads((tmp_path / stage / "metrics.json").read_text())
+        assert found["per_volume"][name]["dice"] == pytest.approx(dice, abs=1e-6)
 
 
 def test_partly_finished_runs(tiny_run, tmp_path):

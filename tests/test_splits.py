@@ -34,6 +34,7 @@ def data():
     return ConfigDict(
         {
             "num_labeled": "1",
+            "num_validation": -1,
             "split": "c1",
             "splits": {
                 "1": {
@@ -80,6 +81,29 @@ def test_lists_by_num_labeled_and_split(data, num_labeled, split, expected):
 def test_overrides(data, override, expected):
     data.update(override)
     assert letters(resolve_split(data, VOLUMES)) == expected
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [({}, "C ABDEFG  JH"), ({"labeled": ("B",), "split": "none"}, "B ACDEFG  JH")],
+)
+def test_without_validation_its_patients_are_in_the_pool(data, override, expected):
+    data.update({"num_validation": 0} | override)
+    assert letters(resolve_split(data, VOLUMES)) == expected
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"num_validation": 1}, "num_validation is 1, and data.validation lists 2"),
+        ({"num_validation": -2}, "num_validation is -2; wanted 0 or more, or -1"),
+        ({"num_validation": 0, "validation": ("A",)}, "num_validation is 0, .* lists 1"),
+    ],
+)
+def test_numbers_of_validation_patients_that_contradict_the_list(data, values, words):
+    data.update(values)
+    with pytest.raises(SplitError, match=words):
+        resolve_split(data, VOLUMES)
 
 
 def test_own_lists_need_no_split(data):

@@ -28,23 +28,22 @@ LOSS = steps.LossOptions(
     matching="inter",
     include_background=False,
     pseudo_label_weight=0.0,
-    separate_batch_norm=False,
 )
 # Between them, every option that changes how devices work together.
 ANCHORS = LOSS
 BATCH = LOSS._replace(
-    pixels_per_class=None,
+    pixels_per_class=0,
     matching="batch",
     pseudo_label_weight=0.5,
     segmentation="batch_dice_and_cross_entropy",
 )
-SEPARATE = LOSS._replace(pixels_per_class=0, pseudo_label_weight=0.5, separate_batch_norm=True)
+EVERY_PIXEL = LOSS._replace(pixels_per_class=0, pseudo_label_weight=0.5)
 
 AUGMENT = steps.AugmentOptions(
     max_rotation_degrees=15.0,
     scale_range=(0.95, 1.05),
     elastic_probability=0.5,
-    elastic_sigma_px=2.0,
+    elastic_sigma=0.125,
     contrast_range=(0.8, 1.2),
     max_brightness=0.1,
     view_contrast_range=(0.7, 1.3),
@@ -197,9 +196,9 @@ def test_four_devices_train_like_one():
     assert one.step == four.step == 4
 
 
-def test_two_devices_train_like_one_with_adam_and_batch_norm_of_their_own():
+def test_two_devices_train_like_one_with_adam():
     (one, one_history), (two, two_history) = (
-        compiled(SEPARATE, n, "adam")(make_state(optimizer=optax.adam(1.0)), make_batch(), 3)
+        compiled(EVERY_PIXEL, n, "adam")(make_state(optimizer=optax.adam(1.0)), make_batch(), 3)
         for n in (1, 2)
     )
     for a, b in zip(one_history, two_history, strict=True):
@@ -345,7 +344,11 @@ def test_step_counts_and_names_the_random_draws():
 
 
 def test_step_compiles_once_for_fresh_states_and_across_rounds():
-    step, optimizer, batch = compiled(SEPARATE, 2, "adam"), optax.adam(LEARNING_RATE), make_batch()
+    step, optimizer, batch = (
+        compiled(EVERY_PIXEL, 2, "adam"),
+        optax.adam(LEARNING_RATE),
+        make_batch(),
+    )
     state, _ = step(make_state(optimizer=optimizer), batch, 3)
     state = steps.warm_start(state, make_state(1, optimizer))
     state, _ = step(steps.restart(state, optimizer, step=int(state.step)), batch, 2)
@@ -361,32 +364,26 @@ def test_given_state_is_donated():
 
 def test_one_batch_is_learnt():
     state = make_state(optimizer=optax.adam(LEARNING_RATE))
-    _, history = compiled(SEPARATE, 2, "adam")(state, make_batch(), 30)
+    _, history = compiled(EVERY_PIXEL, 2, "adam")(state, make_batch(), 30)
     for name in ("loss", "segmentation_loss", "contrastive_loss", "pseudo_label_loss"):
         assert history[-1][name] < 0.7 * history[0][name], name
 
 
-def test_baseline_batch_leaves_the_projection_head_alone_and_weight_zero_changes_nothing():
-    # With BatchNorm of their own, views that weigh nothing must not show in the trunk at all.
+def test_baseline_batch_and_weight_zero_leave_the_projection_head_alone():
     before = jax.tree.map(np.asarray, make_state())
-    options = SEPARATE._replace(contrastive_weight=0.0, pseudo_label_weight=0.0)
+    options = EVERY_PIXEL._replace(contrastive_weight=0.0, pseudo_label_weight=0.0)
     step = compiled(options, 1)
     baseline, baseline_history = step(make_state(), make_batch(pairs=False), 2)
-    joint, joint_history = step(make_state(), make_batch(), 2)
+    joint, _ = step(make_state(), make_batch(), 2)
     assert set(baseline_history[0]) == {"loss", "segmentation_loss", "gradient_norm"}
     for tree in (baseline.params, baseline.batch_stats, joint.params):
         head = before.params if "Dense_0" in tree["projection_head"] else before.batch_stats
         assert_trees_equal(tree["projection_head"], head["projection_head"])
     for name in ("unet_trunk", "segmentation_head"):
-        assert_trees_close(baseline.params[name], joint.params[name], rtol=1e-5, atol=1e-6)
-        assert_trees_close(
-            baseline.batch_stats[name], joint.batch_stats[name], rtol=1e-5, atol=1e-6
-        )
         assert np.any(
             baseline.params[name]["ConvBlock_0"]["Conv_0"]["kernel"]
             != before.params[name]["ConvBlock_0"]["Conv_0"]["kernel"]
         )
-    assert baseline_history[0]["loss"] == pytest.approx(joint_history[0]["loss"], rel=1e-6)
 
 
 def test_augmentation_does_not_depend_on_the_number_of_devices():
@@ -416,6 +413,8 @@ def test_augmentation_does_not_depend_on_the_number_of_devices():
 def test_views_may_be_moved_with_their_masks():
     """The image shows the mask: wherever linear interpolation did not mix, it still does."""
     batch, key = make_batch(), jax.random.key(3)
+    # Of one class: between 0 and 2 a mixture may be a 1.
+    batch["pair_label"] = np.minimum(batch["pair_label"], 1)
     batch["pair_image"] = batch["pair_label"].astype(np.float32)
     options = AUGMENT._replace(
         view_geometry=True,

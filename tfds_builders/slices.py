@@ -20,7 +20,9 @@ import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordWriter
 from tqdm import tqdm
 
+from lclseg.cores import usable_cores
 from lclseg.data import grid, nifti, preprocess
+from lclseg.run import progress
 
 # One split: roles (labelled, unlabelled, validation, test) are chosen by patient in the config.
 SPLIT = "slices"
@@ -262,12 +264,12 @@ def generate_examples(
     )
     metadata["volumes"] = []
     key = 0
-    workers = min(len(os.sched_getaffinity(0)), len(cases))
+    workers = min(usable_cores(), len(cases))
     # Threads are enough: NumPy, zlib and SimpleITK let others run while they compute.
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
         prepared = _in_order(pool, prepare, cases, ahead=4 * workers)
         try:
-            for examples in tqdm(prepared, "preparing volumes", len(cases), disable=None):
+            for examples in progress.each(prepared, "preparing volumes", len(cases)):
                 pixels = [np.bincount(e["label"].ravel(), minlength=num_classes) for e in examples]
                 metadata["volumes"].append(
                     {

@@ -11,7 +11,6 @@ import concurrent.futures
 import hashlib
 import json
 import math
-import os
 import re
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from lclseg.cores import usable_cores
 from lclseg.data import nifti
 from lclseg.data.layouts import Files, find_files, niftis, stem
 from lclseg.data.splits import ROLES, SplitError, draw_lists
@@ -273,13 +273,17 @@ def complete(config: ConfigDict) -> tuple[ConfigDict, str]:
             f"{folder}: 0 label files, so no case has a mask; wanted at least two masks, in "
             "labels/ or labelsTr/, called like their images"
         )
-    lists, notes = draw_lists(
+    given_lists = {role: tuple(data[role]) for role in ROLES}
+    kept, notes = keep_roles(config.rounds.start_from, masked, given_lists, data.num_validation)
+    lists, drawn_notes = draw_lists(
         np.random.default_rng(data.draw_seed),
         masked,
-        lists={role: tuple(data[role]) for role in ROLES},
+        lists=kept,
         num_labeled=data.num_labeled,
         num_unlabeled=len(files) - len(masked),
+        num_validation=data.num_validation,
     )
+    notes = notes + drawn_notes
     surveys = survey(files, data.label_values, seen={*lists["labeled"], *lists["validation"]})
     data.label_values = data.label_values or propose_label_values(folder, surveys)
     data.class_names = data.class_names or propose_class_names(folder, data.label_values)
@@ -291,6 +295,7 @@ def complete(config: ConfigDict) -> tuple[ConfigDict, str]:
     data.image_size = data.image_size or propose_image_size(
         surveys, data.slice_axis, data.target_spacing_mm
     )
+    data.with_mask = tuple(sorted(masked))
     notes += check_masks(surveys, lists, data.label_values, data.class_names)
     data.pool = tuple(f.case_id for f in files)  # less those with another role
     data.update(lists)
@@ -306,6 +311,53 @@ def complete(config: ConfigDict) -> tuple[ConfigDict, str]:
             if value and value not in data.label_values
         ]
     return config, _summary(folder, data, surveys, len(masked), given, notes)
+
+
+def keep_roles(
+    start_from: str,
+    with_mask: Collection[str],
+    lists: Mapping[str, Sequence[str]],
+    num_validation: int,
+) -> tuple[dict[str, tuple[str, ...]], list[str]]:
+    """The roles of the run that this one starts from; cases that have got a mask since learn.
+
+    So no case that the weights have learnt from is tested on, and a corrected mask is used.
+
+    Args:
+      start_from: `rounds.start_from`; "": nothing is kept.
+      with_mask: cases that have a mask now.
+      lists: by role, as the config gives them; a list that is not empty stays as it is.
+      num_validation: `data.num_validation`; with 0 nobody validates.
+
+    Returns:
+      Lists by role, and what is worth telling. The lists as they are, where that run was on other
+      data: one of its cases is not there, or has no mask.
+
+    Raises:
+      SplitError: the run is of a version that did not record which cases had a mask.
+    """
+    given = {role: tuple(patients) for role, patients in lists.items()}
+    path = Path(start_from).expanduser() / "config.json"
+    if not start_from or not path.is_file():  # the run says what is wrong with the folder
+        return given, []
+    before = json.loads(path.read_text())["data"]
+    roles = {role: tuple(before.get(role, ())) for role in ("labeled", "validation", "test")}
+    if before["name"] != NAME or not {p for r in roles.values() for p in r} <= set(with_mask):
+        return given, []
+    if "with_mask" not in before:
+        raise SplitError(
+            f"{path} does not tell which cases had a mask; wanted data.with_mask, which older "
+            "versions did not record: give data.labeled, data.validation and data.test"
+        )
+    new = sorted(set(with_mask) - set(before["with_mask"]))
+    roles["labeled"] += tuple(new)
+    if num_validation == 0:
+        roles["validation"] = ()
+    notes = [
+        f"roles as in {path.parent}; {len(new)} new masks to learn from{': ' if new else ''}"
+        f"{', '.join(new[:8])}"
+    ]
+    return given | {role: given[role] or patients for role, patients in roles.items()}, notes
 
 
 def check_masks(
@@ -326,7 +378,7 @@ def check_masks(
     }
     for role, found in by_role.items():
         # Of a list given by hand, a case without a mask is for `splits.resolve_split` to name.
-        if not found and shown.keys() >= {*lists[role]}:
+        if lists[role] and not found and shown.keys() >= {*lists[role]}:
             raise SplitError(
                 f"the masks of data.{role} ({', '.join(lists[role][:8])}) show no class at all; "
                 f"set data.{role} to others, or draw anew with another data.draw_seed"
@@ -349,7 +401,7 @@ def survey(
     Raises:
       volumes.VolumeError: of the first case that has one.
     """
-    workers = min(len(os.sched_getaffinity(0)), len(files))
+    workers = min(usable_cores(), len(files))
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
         surveys = pool.map(
             lambda f: survey_case(f, label_values, with_mask=f.case_id in seen), files

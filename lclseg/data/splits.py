@@ -10,6 +10,7 @@ from lclseg.errors import UserError
 
 ROLES = ("labeled", "unlabeled", "validation", "test")
 VALIDATION_PATIENTS = 2
+PROPOSED = -1  # of data.num_validation: the list's, or `VALIDATION_PATIENTS` of own data
 
 
 class SplitError(UserError):
@@ -32,6 +33,7 @@ def draw_lists(
     lists: Mapping[str, Sequence[str]],
     num_labeled: str,
     num_unlabeled: int,
+    num_validation: int = PROPOSED,
 ) -> tuple[dict[str, tuple[str, ...]], list[str]]:
     """Draws labelled, validation and test patients among those with ground truth.
 
@@ -39,7 +41,7 @@ def draw_lists(
     `num_labeled` of them. Validation: 2, or 1 where fewer than 4 are left. Test: all that are left;
     but where every patient has ground truth, a fifth of them, so that the others make the
     unlabelled pool. "all" labels all but validation and test, again a fifth. Where `num_labeled` is
-    all there are, one of them is for validation.
+    all there are, one of them is for validation, unless `num_validation` is 0.
 
     Args:
       rng: random.
@@ -47,6 +49,7 @@ def draw_lists(
       lists: by role; a list that is not empty stays as it is.
       num_labeled: a number, or "all".
       num_unlabeled: of patients without ground truth.
+      num_validation: that many in place of 2; 0: none, so that every mask can be learnt from.
 
     Returns:
       Lists of labelled, validation and test patients, and what is worth telling, line by line.
@@ -56,29 +59,40 @@ def draw_lists(
     """
     if num_labeled != "all" and not (num_labeled.isdigit() and int(num_labeled)):
         raise SplitError(f"data.num_labeled is {num_labeled!r}; wanted a number above 0, or 'all'")
+    check_num_validation(num_validation, lists["validation"])
     named = {p for patients in lists.values() for p in patients}
     free = [p for p in sorted(with_truth) if p not in named]
     free = [free[i] for i in rng.permutation(len(free))]
 
     open_roles = {role for role in ROLES if not lists[role]}
-    least = len(open_roles & {"labeled", "validation"})
+    if num_validation == 0:
+        open_roles -= {"validation"}
+    least = _least_validation(open_roles, num_validation) + ("labeled" in open_roles)
     if "labeled" in open_roles and num_labeled != "all":
         least = max(least, int(num_labeled))
     if len(free) < least:
         raise SplitError(
             f"{len(free)} patients with ground truth{', those in lists left out' if named else ''};"
             f" wanted at least {least}, to learn from and to choose the checkpoint by: add masks, "
-            "or lower data.num_labeled"
+            "lower data.num_labeled, or set data.num_validation=0, which spends none on choosing"
         )
     has_pool = num_unlabeled > 0 or "unlabeled" not in open_roles
-    count = _how_many(len(free), open_roles, num_labeled, has_pool=has_pool)
+    count = _how_many(
+        len(free),
+        open_roles,
+        num_labeled,
+        has_pool=has_pool,
+        num_validation=num_validation,
+    )
 
     drawn, rest = {}, free
     for role in ("labeled", "validation", "test"):
         drawn[role], rest = rest[: count[role]], rest[count[role] :]
     found = {role: tuple(lists[role]) or tuple(sorted(drawn[role])) for role in drawn}
 
-    notes = [_role_note(role, found[role], role in open_roles) for role in found]
+    notes = [_role_note(role, found[role], role in open_roles) for role in found if found[role]]
+    if num_validation == 0:
+        notes.append("data.validation: none; the last averaged weights are handed out, not chosen")
     if rest and "unlabeled" in open_roles:
         notes.append(
             f"in the unlabelled pool: {num_unlabeled} cases, and {len(rest)} whose masks nothing "
@@ -97,23 +111,39 @@ def draw_lists(
 
 
 def _how_many(
-    total: int, open_roles: Collection[str], num_labeled: str, *, has_pool: bool
+    total: int,
+    open_roles: Collection[str],
+    num_labeled: str,
+    *,
+    has_pool: bool,
+    num_validation: int,
 ) -> dict[str, int]:
     """How many of `total` patients with ground truth each role gets; see `draw_lists`."""
     choose, validate, test = (r in open_roles for r in ("labeled", "validation", "test"))
+    num_validation = num_validation if validate else 0
     fifth = max(1, round(total / 5))
     if choose and num_labeled == "all":
-        num_validation = validate * (VALIDATION_PATIENTS if total >= 6 else 1)
+        if num_validation == PROPOSED:
+            num_validation = VALIDATION_PATIENTS if total >= 6 else 1
         num_test = test * min(fifth, total - num_validation - 1)
         labeled = total - num_validation - num_test
         return {"labeled": labeled, "validation": num_validation, "test": num_test}
-    labeled = min(int(num_labeled), total - validate) if choose else 0
+    least = _least_validation(open_roles, num_validation)
+    labeled = min(int(num_labeled), total - least) if choose else 0
     left = total - labeled
-    num_validation = validate * (VALIDATION_PATIENTS if left >= 4 else 1)
+    if num_validation == PROPOSED:
+        num_validation = VALIDATION_PATIENTS if left >= 4 else 1
     left -= num_validation
     # Without a pool nothing is semi-supervised: all but a fifth go there, their masks unused.
     num_test = test * (left if has_pool else min(fifth, left, max(left - 1, 1)))
     return {"labeled": labeled, "validation": num_validation, "test": num_test}
+
+
+def _least_validation(open_roles: Collection[str], num_validation: int) -> int:
+    """How many patients must be drawn for validation."""
+    if "validation" not in open_roles:
+        return 0
+    return 1 if num_validation == PROPOSED else num_validation
 
 
 def _role_note(role: str, patients: Sequence[str], is_drawn: bool) -> str:
@@ -121,20 +151,41 @@ def _role_note(role: str, patients: Sequence[str], is_drawn: bool) -> str:
     return f"data.{role}: {len(patients)} {'drawn' if is_drawn else 'given'}{some and ': ' + some}"
 
 
+def check_num_validation(num_validation: int, listed: Sequence[str]) -> None:
+    """Raises SplitError unless the number is one, and does not contradict a given list."""
+    if num_validation < PROPOSED:
+        raise SplitError(
+            f"data.num_validation is {num_validation}; wanted 0 or more, or "
+            f"{PROPOSED} for the usual number"
+        )
+    if listed and num_validation not in (PROPOSED, len(listed)):
+        raise SplitError(
+            f"data.num_validation is {num_validation}, and data.validation lists {len(listed)} "
+            "patients; leave one of them out"
+        )
+
+
 def choose_lists(data_config) -> dict[str, tuple[str, ...]]:
     """The patients of each role, by `config.data` alone.
 
     `data.splits[num_labeled][split]` holds the labelled and validation patients; `data.pool` and
     `data.test_patients` the others. A non-empty `data.labeled`, `data.unlabeled`,
-    `data.validation` or `data.test` replaces the list it names. Labelled, validation and test
-    patients are taken out of the unlabelled pool.
+    `data.validation` or `data.test` replaces the list it names. With `data.num_validation` 0 there
+    are no validation patients. Labelled, validation and test patients are taken out of the
+    unlabelled pool.
 
     Raises:
-      SplitError: no such split; a patient twice or in two roles.
+      SplitError: no such split; a patient twice or in two roles; `data.num_validation` above 0,
+        where the lists say how many.
     """
     table = data_config.get("splits", {})
     chosen = table.get(str(data_config.num_labeled), {}).get(data_config.split)
-    if chosen is None and not (data_config.labeled and data_config.validation):
+    num_validation = data_config.get("num_validation", PROPOSED)
+    without_validation = num_validation == 0
+    check_num_validation(num_validation, data_config.validation)
+    if chosen is None and not (
+        data_config.labeled and (data_config.validation or without_validation)
+    ):
         known = {n: sorted(s) for n, s in table.items()}
         raise SplitError(
             f"no split {data_config.split!r} with num_labeled={data_config.num_labeled}; there are "
@@ -142,10 +193,13 @@ def choose_lists(data_config) -> dict[str, tuple[str, ...]]:
         )
     lists = {
         "labeled": list(data_config.labeled or chosen.labeled),
-        "validation": list(data_config.validation or chosen.validation),
+        "validation": []
+        if without_validation
+        else list(data_config.validation or chosen.validation),
         "test": list(data_config.test or data_config.get("test_patients", ())),
         "unlabeled": list(data_config.unlabeled or data_config.get("pool", ())),
     }
+    check_num_validation(num_validation, lists["validation"])
     owner: dict[str, str] = {}
     for role in ("labeled", "validation", "test"):
         for patient in lists[role]:
@@ -182,12 +236,15 @@ def resolve_split(
         none).
     """
     lists = choose_lists(data_config)
+    may_be_empty = {"unlabeled"}
+    may_be_empty |= {"test"} if may_lack_test else set()
+    may_be_empty |= {"validation"} if data_config.num_validation == 0 else set()
     volumes_of: dict[str, list[VolumeEntry]] = {}
     for entry in volumes.values():
         volumes_of.setdefault(entry.patient_id, []).append(entry)
     ids = {}
     for role, patients in lists.items():
-        if not patients and role != "unlabeled" and not (role == "test" and may_lack_test):
+        if not patients and role not in may_be_empty:
             raise SplitError(f"no {role} patient is left; set data.{role}")
         missing = [p for p in patients if p not in volumes_of]
         if missing:

@@ -4,7 +4,7 @@ import runpy
 import shlex
 from typing import Any
 
-from lclseg.run.stored_config import CONFIGS, as_now, differing_keys, to_store
+from lclseg.run.stored_config import CONFIGS, FIRST_METHOD, as_now, differing_keys, to_store
 
 # The last is what the others leave of the pool.
 LISTS = ("data.labeled", "data.validation", "data.test", "data.unlabeled")
@@ -21,7 +21,10 @@ def reproducing_command(config: dict) -> str | None:
     if not dataset.isidentifier() or not path.exists():  # it is run: of this folder only
         return None
     config = as_now(config)
-    file = runpy.run_path(str(path))["get_config"]()
+    method = config["method"]["name"]
+    if not (CONFIGS / "methods" / f"{method}.py").exists():
+        return None
+    file = runpy.run_path(str(path))["get_config"](method)
     keys = [k for k in differing_keys(to_store(file), config) if k not in LISTS]
     for key in ("data.num_labeled", "data.split"):
         file.update_from_flattened_dict({key: _value(config, key)})
@@ -31,6 +34,7 @@ def reproducing_command(config: dict) -> str | None:
             keys.append(key)
             file.update_from_flattened_dict({key: tuple(_value(config, key))})
     defaults = to_store(file)
+    argument = "" if method == FIRST_METHOD else f":{method}"
     overrides = []
     for key in keys:
         value = _value(config, key)
@@ -41,7 +45,9 @@ def reproducing_command(config: dict) -> str | None:
             return None
         text = str(tuple(value) if isinstance(value, list) else value)
         overrides.append(f"--config.{key}={_quoted(text)}")
-    return " \\\n  ".join([f"python -m lclseg.main --config=configs/{path.name}", *overrides])
+    return " \\\n  ".join(
+        [f"python -m lclseg.main --config=configs/{path.name}{argument}", *overrides]
+    )
 
 
 def _value(config: dict, key: str) -> Any:

@@ -143,10 +143,10 @@ def _overlays(
     image: np.ndarray, truth: np.ndarray | None, labels: list[np.ndarray], captions: list[str]
 ) -> str:
     """A slice [H, W] under its truth, once with each label, all cut to the same square."""
-    box = _box([*labels, truth] if truth is not None else labels)
-    filled = None if truth is None else truth[box]
+    square = box([*labels, truth] if truth is not None else labels)
+    filled = None if truth is None else truth[square]
     shown = [
-        figure(figures.overlay(image[box], filled=filled, outlined=label[box]), caption)
+        figure(figures.overlay(image[square], filled=filled, outlined=label[square]), caption)
         for label, caption in zip(labels, captions, strict=True)
     ]
     return f'<div class="pictures">{"".join(shown)}</div>'
@@ -163,7 +163,7 @@ def _read_prediction(prepared: PreparedSet, volume_id: str, path: Path) -> np.nd
     )
 
 
-def _box(labels: list[np.ndarray]) -> tuple[slice, slice]:
+def box(labels: list[np.ndarray]) -> tuple[slice, slice]:
     """A square around the foreground of all labels [H, W], with a margin, inside the slice."""
     size = labels[0].shape[0]
     foreground = np.any([(label > 0) & (label < 255) for label in labels], axis=0)

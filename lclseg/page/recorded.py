@@ -55,8 +55,8 @@ class RecordedRun(NamedTuple):
 
     @property
     def chosen(self) -> str:
-        """The finished stage with the best validation Dice, the first of equals."""
-        return chosen_stage({s: r["best_validation_dice"] for s, r in self.stages.items()})
+        """The finished stage that the run would hand out."""
+        return chosen_stage(self.stages)
 
     @property
     def first_steps(self) -> dict[str, int]:
@@ -89,7 +89,9 @@ class RecordedRun(NamedTuple):
     def best_validation_dice(self) -> Curve:
         """The best mean of each finished stage."""
         best = {
-            s: max(r["validation"], key=lambda e: e["mean_dice"]) for s, r in self.stages.items()
+            s: max(r["validation"], key=lambda e: e["mean_dice"])
+            for s, r in self.stages.items()
+            if r["validation"]
         }
         x = [self.first_steps[stage] + entry["step"] for stage, entry in best.items()]
         return x, np.array([entry["mean_dice"] for entry in best.values()])

@@ -35,7 +35,10 @@ def score_cells(test: Mapping, classes: Sequence[str], spec: str) -> list[str]:
 def stage_cells(
     stages: Mapping[str, dict], stage: str, classes: Sequence[str], spec: str
 ) -> list[str]:
-    """Validation Dice; test Dice, its gain over the baseline, by class; HD95, ASSD; missed."""
+    """Validation Dice; test Dice, its gain over the baseline, by class; HD95, ASSD; missed; last.
+
+    The last is the test Dice of the stage's last weights, as against those that validation chose.
+    """
     result = stages[stage]
     return [
         number(result["best_validation_dice"], spec),
@@ -43,6 +46,8 @@ def stage_cells(
         gain(stages, stage, spec),
         *score_cells(result["test"], classes, spec),
         str(result["test"]["n_missed"]),
+        # Runs of earlier versions tested the chosen weights only.
+        number(result.get("test_last", {}).get("mean_dice"), spec),
     ]
 
 

@@ -101,6 +101,19 @@ def best(manager: ocp.CheckpointManager | None) -> tuple[int, float]:
     return step, dice
 
 
+def validation_dice(manager: ocp.CheckpointManager | None, step: int) -> float | None:
+    """Validation Dice of the checkpoint of a step, None where it was not validated."""
+    dice = UNVALIDATED if manager is None else manager.metrics(step)["dice"]
+    dice = multihost.json_from_first(dice)
+    return dice if dice > UNVALIDATED else None
+
+
+def chosen(manager: ocp.CheckpointManager | None) -> tuple[int, float | None]:
+    """Step and validation Dice of the best checkpoint; the newest and None if none is validated."""
+    step, dice = best(manager)
+    return (step, dice) if dice > UNVALIDATED else (latest_step(manager), None)
+
+
 def save(
     manager: ocp.CheckpointManager | None,
     step: int,

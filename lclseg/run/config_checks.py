@@ -1,91 +1,59 @@
 """Checks of a config, all of it, before any work is done."""
 
-import math
-import numbers
-from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import Any, NamedTuple
+import importlib
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
 
 from ml_collections import ConfigDict
 
 from lclseg.data import own_data
 from lclseg.data.splits import choose_lists
 from lclseg.errors import UserError
-from lclseg.losses import MATCHINGS
+from lclseg.rules import (
+    ABOVE_0,
+    FACTORS,
+    NAME,
+    NAMES,
+    NOT_NEGATIVE,
+    PROBABILITY,
+    SHARE_BELOW_1,
+    TEXT,
+    YES_NO,
+    Rule,
+    each,
+    is_number,
+    is_whole,
+    one_of,
+    span,
+    whole,
+)
 
 
 class ConfigError(UserError):
     """A config that cannot be run; the message names the keys and the way out."""
 
 
-class Rule(NamedTuple):
-    """Which values a key may have, as a test and in words."""
-
-    holds: Callable[[Any], bool]
-    wanted: str
-
-
-def is_number(value: Any) -> bool:
-    """Finite, and no bool."""
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def is_whole(value: Any) -> bool:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
-
-
-def whole(least: int, most: int | None = None) -> Rule:
-    words = f"a whole number, {least} or more" if most is None else f"{least} to {most}, whole"
-    return Rule(lambda v: is_whole(v) and least <= v and (most is None or v <= most), words)
-
-
-def one_of(*choices: Any) -> Rule:
-    return Rule(lambda v: v in choices, f"one of {', '.join(map(str, choices))}")
-
-
-def each(holds: Callable[[Any], bool], wanted: str) -> Rule:
-    """A tuple or list, maybe empty, whose items are all right."""
-    return Rule(lambda v: isinstance(v, tuple | list) and all(map(holds, v)), wanted)
-
-
-def span(lowest: float, wanted: str, *, may_be_point: bool = True) -> Rule:
-    """Two numbers in order, the first not below `lowest`."""
-
-    def holds(value):
-        if not (isinstance(value, tuple | list) and len(value) == 2 and all(map(is_number, value))):
-            return False
-        low, high = value
-        return lowest <= low and (low <= high if may_be_point else low < high)
-
-    return Rule(holds, wanted)
-
-
-ABOVE_0 = Rule(lambda v: is_number(v) and v > 0, "a number above 0")
-NOT_NEGATIVE = Rule(lambda v: is_number(v) and v >= 0, "0 or more")
-SHARE_BELOW_1 = Rule(lambda v: is_number(v) and 0 <= v < 1, "0 <= x < 1")
+ANY = Rule(lambda v: True, "any value")
 THRESHOLD = Rule(SHARE_BELOW_1.holds, "0 <= x < 1, 0 to accept all")
-PROBABILITY = Rule(lambda v: is_number(v) and 0 <= v <= 1, "0 <= x <= 1")
-TEXT = Rule(lambda v: isinstance(v, str), "text")
-NAME = Rule(lambda v: isinstance(v, str) and v != "", "text that is not empty")
-YES_NO = Rule(lambda v: isinstance(v, bool), "True or False")
-PATIENTS = each(lambda v: isinstance(v, str) and v != "", "a tuple of patient ids, as text")
-FACTORS = span(0.0, "(low, high) with 0 <= low <= high")
-
 CHOICES = {
+    "augment.strength": ("paper", "strong"),
     "loss.segmentation": (
         "dice_with_background",
         "dice_foreground",
         "cross_entropy",
         "batch_dice_and_cross_entropy",
     ),
-    "loss.matching": MATCHINGS,
     "optimizer.schedule": ("constant", "cosine"),
     "model.dtype": ("float32", "bfloat16"),
 }
-# Every key of a config.
+# Every key of a config but the method's own, whose rules stand in the method's file.
 RULES: dict[str, Rule] = {
     **{key: one_of(*choices) for key, choices in CHOICES.items()},
     "seed": whole(0, 2**31 - 1),
     "num_cpu_devices": whole(0),
+    "method.name": Rule(
+        lambda v: NAME.holds(v) and v.isidentifier(), "the name of a file in lclseg/methods"
+    ),
     "data.name": NAME,
     "data.data_dir": TEXT,
     "data.manual_dir": TEXT,
@@ -95,51 +63,36 @@ RULES: dict[str, Rule] = {
     "data.num_labeled": NAME,
     "data.split": NAME,
     "data.splits": Rule(lambda v: hasattr(v, "items"), "{num_labeled: {split: lists}}"),
-    **{f"data.{lists}": PATIENTS for lists in ("pool", "test_patients")},
-    **{f"data.{lists}": PATIENTS for lists in ("labeled", "unlabeled", "validation", "test")},
+    "data.pool": NAMES,
+    "data.test_patients": NAMES,
+    "data.labeled": NAMES,
+    "data.unlabeled": NAMES,
+    "data.validation": NAMES,
+    "data.test": NAMES,
+    "data.num_validation": whole(-1),
     "data.labeled_batch_size": whole(1),
+    "data.unlabeled_batch_size": whole(1),
     "data.min_classes": whole(1),
-    "data.view_min_classes": whole(0),
-    "data.pairs.labeled_self": whole(0),
-    "data.pairs.pseudo_self": whole(0),
-    "data.pairs.labeled_pseudo": whole(0),
-    "data.pairs.pseudo_pseudo": whole(0),
     "data.eval_batch_size": whole(1),
-    "model.filters": Rule(
-        lambda v: (
-            isinstance(v, tuple | list) and len(v) >= 2 and all(is_whole(n) and n > 0 for n in v)
-        ),
+    "model.filters": each(
+        lambda v: is_whole(v) and v > 0,
         "two or more whole numbers above 0, one a level",
+        at_least=2,
     ),
     "model.embedding_dim": whole(1),
     "loss.class_weights": Rule(
-        lambda v: (
-            isinstance(v, tuple | list)
-            and all(is_number(w) and w >= 0 for w in v)
-            and (len(v) == 0 or sum(v) > 0)
-        ),
+        lambda v: each(NOT_NEGATIVE.holds, "").holds(v) and (len(v) == 0 or sum(v) > 0),
         "a tuple of numbers, 0 or more and not all 0, one a class; or ()",
     ),
-    "loss.contrastive_weight": NOT_NEGATIVE,
-    "loss.temperature": ABOVE_0,
-    "loss.pixels_per_class": Rule(
-        lambda v: v is None or (is_whole(v) and v >= 0), "0 (every pixel) or more, whole"
-    ),
-    "loss.include_background": YES_NO,
-    "loss.pseudo_label_weight": NOT_NEGATIVE,
-    "loss.separate_batch_norm": YES_NO,
+    "augment.any_orientation": YES_NO,
     "augment.max_rotation_degrees": Rule(lambda v: is_number(v) and 0 <= v <= 180, "0 to 180"),
-    "augment.scale_range": Rule(
-        lambda v: FACTORS.holds(v) and v[0] > 0, "(low, high) with 0 < low <= high"
+    "augment.scale_range": span(
+        lambda low, high: 0 < low <= high, "(low, high) with 0 < low <= high"
     ),
     "augment.elastic_probability": PROBABILITY,
-    "augment.elastic_sigma_px": NOT_NEGATIVE,
+    "augment.elastic_sigma": SHARE_BELOW_1,
     "augment.contrast_range": FACTORS,
     "augment.max_brightness": NOT_NEGATIVE,
-    "augment.view_contrast_range": FACTORS,
-    "augment.view_max_brightness": NOT_NEGATIVE,
-    "augment.view_clip": span(-math.inf, "(low, high) with low < high", may_be_point=False),
-    "augment.view_geometry": YES_NO,
     "crf.num_steps": whole(0),
     "crf.spatial_sigma": ABOVE_0,
     "crf.spatial_weight": NOT_NEGATIVE,
@@ -147,6 +100,7 @@ RULES: dict[str, Rule] = {
     "crf.intensity_sigma": ABOVE_0,
     "crf.bilateral_weight": NOT_NEGATIVE,
     "pseudo_labels.min_agreement": THRESHOLD,
+    "pseudo_labels.largest_component": YES_NO,
     "pseudo_labels.min_confidence": THRESHOLD,
     "optimizer.learning_rate": ABOVE_0,
     "optimizer.ema_decay": SHARE_BELOW_1,
@@ -154,8 +108,10 @@ RULES: dict[str, Rule] = {
     "rounds.num_rounds": whole(0),
     "rounds.steps_per_round": whole(1),
     "rounds.baseline_from": TEXT,
+    "rounds.start_from": TEXT,
+    "rounds.refresh_every": whole(0),
     "rounds.eval_every": whole(1),
-    "rounds.calibration_batches": whole(0),
+    "rounds.batch_norm_batches": whole(0),
     "rounds.fresh_heads": YES_NO,
     "log.every": whole(1),
 }
@@ -163,8 +119,9 @@ RULES: dict[str, Rule] = {
 OWN_DATA_RULES: dict[str, Rule] = {
     "data.slice_axis": whole(-1, 2),
     "data.label_values": each(lambda v: is_whole(v) and 0 <= v < 2**16, "whole numbers 0..65535"),
-    "data.class_names": each(lambda v: isinstance(v, str) and v != "", "a tuple of names"),
+    "data.class_names": NAMES,
     "data.folder_digest": TEXT,
+    "data.with_mask": NAMES,
     "data.draw_seed": whole(0),
 }
 OPEN = {"data.image_size": 0, "data.target_spacing_mm": 0}
@@ -192,20 +149,55 @@ def check_classes(config: ConfigDict, class_names: Sequence[str]) -> None:
         )
 
 
+def units_per_batch(config: ConfigDict) -> dict[str, int]:
+    """How much of each kind a global batch holds; devices share it equally."""
+    units = {
+        "data.labeled_batch_size": config.data.labeled_batch_size,
+        "data.unlabeled_batch_size": config.data.unlabeled_batch_size,
+    }
+    if "pairs" in config.method:
+        units["the sum of method.pairs"] = sum(config.method.pairs.values())
+    return units
+
+
+def _rules_of(values: Mapping[str, Any]) -> tuple[dict[str, Rule], str]:
+    """The rules of a config's keys, and what is wrong with the method's name, "" if nothing."""
+    rules = dict(RULES)
+    if values.get("data.name") == own_data.NAME:
+        rules |= OWN_DATA_RULES
+    name = values.get("method.name")
+    if not RULES["method.name"].holds(name):
+        return rules, ""
+    module_name = f"lclseg.methods.{name}"
+    try:
+        own = getattr(importlib.import_module(module_name), "RULES", None)
+    except ModuleNotFoundError as error:
+        if error.name != module_name:
+            raise
+        return rules, f"method.name is {name!r}, but there is no lclseg/methods/{name}.py"
+    if own is None:  # a method may do without
+        own = {k.removeprefix("method."): ANY for k in values if k.startswith("method.")}
+        del own["name"]
+    return rules | {f"method.{key}": rule for key, rule in own.items()}, ""
+
+
 def _wrong_values(config: ConfigDict) -> Iterator[tuple[str, str]]:
     """(key, problem)."""
-    is_own = config.get("data", {}).get("name") == own_data.NAME
-    rules = RULES | (OWN_DATA_RULES if is_own else {})
     values = dict(_leaves(config))
+    rules, no_method = _rules_of(values)
+    if no_method:
+        yield "method.", no_method
+    is_open = OPEN if values.get("data.name") == own_data.NAME else {}
     for key, rule in rules.items():
         if key not in values:
             yield key, f"{key} is missing; wanted {rule.wanted}, see configs/default.py"
-        elif is_own and key in OPEN and values[key] == OPEN[key]:
+        elif key in is_open and values[key] == is_open[key]:
             continue
         elif not rule.holds(values[key]):
             yield key, f"{key} is {values[key]!r}; wanted {rule.wanted}"
     for key in sorted(values.keys() - rules.keys()):
-        yield key, f"{key} is no key of a config; see configs/default.py"
+        if not (no_method and key.startswith("method.")):
+            yield key, f"{key} is no key of a config; see configs/default.py and configs/methods"
 
 
 def _leaves(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -230,17 +222,13 @@ def _misfits(config: ConfigDict, num_devices: int, wrong: Collection[str]) -> It
                 f"data.image_size is {config.data.image_size}; with {len(config.model.filters)} "
                 f"levels in model.filters wanted a multiple of {multiple}"
             )
-    sizes = {}
-    if right("data.labeled_batch_size"):
-        sizes["data.labeled_batch_size"] = config.data.labeled_batch_size
-    if right("data.pairs"):
-        sizes["the sum of data.pairs"] = sum(config.data.pairs.values())
-    for name, size in sizes.items():
-        if size <= 0 or size % num_devices:
-            yield (
-                f"{name} is {size}; wanted a multiple of the {num_devices} devices, since batch "
-                "sizes are global"
-            )
+    if right("data.labeled_batch_size", "data.unlabeled_batch_size", "method."):
+        for name, size in units_per_batch(config).items():
+            if size <= 0 or size % num_devices:
+                yield (
+                    f"{name} is {size}; wanted a multiple of the {num_devices} devices, since "
+                    "batch sizes are global"
+                )
     if right("loss.class_weights", "loss.segmentation"):
         if config.loss.class_weights and config.loss.segmentation != "cross_entropy":
             yield (

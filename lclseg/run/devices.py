@@ -4,10 +4,12 @@ This is the only module that maps steps over devices; `steps` knows the name of 
 """
 
 import functools
+import inspect
 import logging
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import absl.logging
 import jax
@@ -45,20 +47,31 @@ def tell_of_thread(failed: threading.ExceptHookArgs) -> None:
 
 
 def over_devices(step: Callable, *, donate_state: bool) -> Callable:
-    """step(state, batch, key), compiled; state and batch have a leading axis of local devices.
+    """step(state, store, rows, ..., key), compiled; all but what follows the rows is per device.
 
+    State, store and rows have a leading axis of local devices; what follows is the same on all.
     `donate_state`: the state's memory is used again, and the state given cannot be.
     """
+    kinds = [p.kind for p in inspect.signature(step).parameters.values()]
+    num_shared = kinds.count(inspect.Parameter.POSITIONAL_OR_KEYWORD) - 3
     return jax.pmap(
         step,
         axis_name=AXIS,
-        in_axes=(0, 0, None),
+        in_axes=(0, 0, 0, *([None] * num_shared)),
         devices=multihost.devices(),
         donate_argnums=(0,) if donate_state else (),
     )
 
 
-def replicate(state: steps.TrainState) -> steps.TrainState:
+def steps_per_dispatch(log_every: int) -> int:
+    """How many steps one dispatch takes: all up to the next log line; on CPUs one.
+
+    XLA's convolutions on CPUs are several times slower within a loop (jax-ml/jax#12868).
+    """
+    return 1 if jax.default_backend() == "cpu" else log_every
+
+
+def replicate(tree: Any) -> Any:
     """One copy per device of this process, placed as the compiled steps return it.
 
     `flax.jax_utils.replicate` names its device axis differently: the second step would be compiled
@@ -70,7 +83,30 @@ def replicate(state: steps.TrainState) -> steps.TrainState:
     def place(x):
         return jax.device_put(np.broadcast_to(np.asarray(x), (len(devices), *x.shape)), sharding)
 
-    return jax.tree.map(place, state)
+    return jax.tree.map(place, tree)
+
+
+def unreplicate(tree: Any) -> Any:
+    """The first local device's copy."""
+    return jax.tree.map(lambda x: x[0], tree)
+
+
+def share(records: np.ndarray) -> np.ndarray:
+    """A global batch's rows [..., n] -> this process' share, [devices, ..., n / all devices]."""
+    own = np.split(records, jax.process_count(), axis=-1)[jax.process_index()]
+    return np.stack(np.split(own, jax.local_device_count(), axis=-1)).astype(np.int32)
+
+
+def memory_bytes() -> int:
+    """Memory of one local device; on CPUs, where it is the host's, a share of a gigabyte."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return stats.get("bytes_limit", 2**31)
+
+
+def peak_memory_bytes() -> int | None:
+    """The most that one local device has held at a time; None where the backend does not count."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return stats.get("peak_bytes_in_use")
 
 
 def compiled_predict(model: UNet) -> Callable:
@@ -81,27 +117,27 @@ def compiled_predict(model: UNet) -> Callable:
 
 def batched_predictor(
     compiled: Callable,
-    state: steps.TrainState,
+    replicated: steps.TrainState,
     *,
     batch_size: int,
     refine: Callable | None = None,
     stop_asked: Callable[[], bool] = lambda: False,
 ) -> Predict:
-    """Maps any number of slices [M, H, W] to probabilities [M, H, W, C].
+    """Maps any number of slices [M, H, W] to probabilities [M, H, W, C], or [M, 2, H, W, C].
 
     One compiled shape, of this process' devices; a part of it that M does not fill is padding.
 
     Args:
       compiled: see `compiled_predict`.
-      state: whose averaged weights and statistics predict.
+      replicated: state whose averaged weights and statistics predict, a copy per device.
       batch_size: slices at once, over these devices; rounded up to a multiple of their number.
-      refine: maps (slices, probabilities) to the probabilities returned.
+      refine: maps (slices, probabilities) to better ones; where it is given, what is returned are
+        the network's probabilities and the refined ones, see `pseudo_labels.PredictRefined`.
       stop_asked: where it gives True, `Interrupted` is raised.
     """
     num_devices = jax.local_device_count()
     per_device = -(-batch_size // num_devices)
     capacity = per_device * num_devices
-    replicated = replicate(state)
 
     def forward(images: np.ndarray) -> np.ndarray:
         shape = images.shape[1:]
@@ -113,7 +149,7 @@ def batched_predictor(
         full = np.concatenate([images, padding])
         probs = forward(full)
         if refine is not None:
-            probs = np.asarray(refine(full, probs))
+            probs = np.stack([probs, refine(full, probs)], axis=1)
         return probs[: len(images)]
 
     def predict(images: np.ndarray) -> np.ndarray:

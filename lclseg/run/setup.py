@@ -5,23 +5,32 @@ import functools
 import json
 import logging
 import math
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 import jax
 import optax
 from ml_collections import ConfigDict
 
 from lclseg import evaluation, steps
+from lclseg.cores import usable_cores
 from lclseg.data import own_data, preprocess
 from lclseg.data.dataset import PreparedSet, open_builder, open_prepared, preprocessing_of
 from lclseg.data.splits import Split, resolve_split
-from lclseg.models import UNet
-from lclseg.run import devices, multihost
-from lclseg.run.config_checks import ConfigError, check_classes, check_config
+from lclseg.methods import supervised
+from lclseg.methods.base import base_of, method_of
+from lclseg.methods.contract import Method
+from lclseg.models import Net, UNet
+from lclseg.random_keys import named_key
+from lclseg.run import devices, multihost, start_from
+from lclseg.run.config_checks import (
+    ConfigError,
+    check_classes,
+    check_config,
+    units_per_batch,
+)
 from lclseg.run.stored_config import (
     JOINT_ONLY,
     MACHINE_KEYS,
@@ -35,6 +44,37 @@ from lclseg.run.workdir import LOCK, lock, read_json, write_json
 logger = logging.getLogger("lclseg")
 
 
+class Stage(NamedTuple):
+    """A stretch of training with one loss, which ends in a test.
+
+    Attributes:
+      name: "baseline", "round_<k>", or "joint" where a method stores no pseudo-labels.
+      kind: "first" or "joint".
+      first_step: counted over the run.
+      num_steps: of the stage.
+    """
+
+    name: str
+    kind: str
+    first_step: int
+    num_steps: int
+
+
+class Programs(NamedTuple):
+    """What one kind of stage runs on the devices.
+
+    Attributes:
+      optimizer: of the stage.
+      train: compiled over devices: `steps.train_step`, or `steps.train_steps` where one dispatch
+        takes several.
+      statistics: compiled `steps.batch_statistics`.
+    """
+
+    optimizer: optax.GradientTransformation
+    train: Callable
+    statistics: Callable
+
+
 @dataclasses.dataclass(frozen=True)
 class Run:
     """What stays the same throughout a run.
@@ -45,10 +85,9 @@ class Run:
       prepared: the data set.
       split: volume ids by role.
       model: the U-Net.
-      key: the run's random key.
-      optimizers: by stage kind, "baseline" and "joint".
-      train_steps: likewise, compiled over devices: (state, batch, key) -> (state, metrics).
-      batch_statistics: (replicated state, batch, key) -> statistics, compiled.
+      method: what is trained after the first stage; its contract: `methods.contract.Method`.
+      key: the run's random key; `random_keys.named_key` gives each purpose its own.
+      programs: by kind of stage, "first" and "joint".
       predict: (replicated state, images [N, M, H, W]) -> probs [N, M, H, W, C], compiled.
       stop_asked: whether the run shall stop as soon as nothing is lost.
       lock: holds the workdir against other runs until it is closed, see `workdir.lock`.
@@ -59,10 +98,9 @@ class Run:
     prepared: PreparedSet
     split: Split
     model: UNet
+    method: Method
     key: jax.Array
-    optimizers: dict[str, optax.GradientTransformation]
-    train_steps: dict[str, Callable]
-    batch_statistics: Callable
+    programs: dict[str, Programs]
     predict: Callable
     stop_asked: Callable[[], bool]
     lock: TextIO
@@ -80,8 +118,8 @@ def set_up_process(config: ConfigDict) -> None:
     """
     check_config(config, num_devices=1)
     cluster = multihost.settings()
-    cores = len(os.sched_getaffinity(0))
-    common = math.gcd(config.data.labeled_batch_size, sum(config.data.pairs.values()))
+    cores = usable_cores()
+    common = math.gcd(*units_per_batch(config).values())
     common = max(1, common // cluster.get("num_processes", 1))
     auto = max(n for n in range(1, cores + 1) if common % n == 0)
     devices.set_up_jax(config.num_cpu_devices or auto)
@@ -145,54 +183,91 @@ def start_run(
       ConfigError, SplitError, VolumeError: before any work is lost.
     """
     check_config(config, num_devices=jax.device_count())
+    source = start_from.read_source(config)
     prepared, split = open_data(config)
     check_processes_agree(config, prepared)
+    method = method_of(config, prepared.num_classes)
+    start_from.check_source(source, prepared, split, networks=method.networks)
     model = UNet(
         num_classes=prepared.num_classes,
         filters=tuple(config.model.filters),
-        embedding_dim=config.model.embedding_dim,
+        heads=method.heads,
         dtype=config.model.dtype,
         axis_name=devices.AXIS,
     )
-    optimizers = {
-        "baseline": make_optimizer(config.optimizer, config.rounds.baseline_steps),
-        "joint": make_optimizer(config.optimizer, config.rounds.steps_per_round),
+    first, joint = stages(config, method)[0], stages(config, method)[-1]
+    base = base_of(config, prepared.num_classes)
+    pretraining = supervised.make(None, base)
+    terms, views = method.pretraining or (pretraining.terms, pretraining.views)
+    programs = {
+        "first": compile_programs(config, model, terms, views, method, first.num_steps),
+        "joint": compile_programs(
+            config, model, method.terms, method.views, method, joint.num_steps
+        ),
     }
-    options: dict[str, Any] = {
-        "model": model,
-        "loss_options": steps.LossOptions(**config.loss),
-        "augment_options": steps.AugmentOptions(**config.augment),
-        "axis_name": devices.AXIS,
-    }
-
-    def compiled(optimizer):
-        step = functools.partial(
-            steps.train_step,
-            optimizer=optimizer,
-            ema_decay=config.optimizer.ema_decay,
-            **options,
-        )
-        return devices.over_devices(step, donate_state=True)
-
     held = claim_workdir(config, workdir)
     # With it a prediction needs neither the prepared set nor the code that made it.
     how = preprocess.to_json(prepared.preprocessing)
     write_json(workdir / "preprocessing.json", how)
     write_json(workdir / "splits.json", split._asdict())
-    statistics = functools.partial(steps.batch_statistics, **options)
     return Run(
         config=config,
         workdir=workdir,
         prepared=prepared,
         split=split,
         model=model,
+        method=method,
         key=jax.random.key(config.seed),
-        optimizers=optimizers,
-        train_steps={kind: compiled(o) for kind, o in optimizers.items()},
-        batch_statistics=devices.over_devices(statistics, donate_state=False),
+        programs=programs,
         predict=devices.compiled_predict(model),
         stop_asked=lambda: multihost.any_process(stop_asked()),
         lock=held,
+    )
+
+
+def stages(config: ConfigDict, method: Method) -> list[Stage]:
+    """The stages of a run, in order: the first one, then rounds, or all their steps as one stage.
+
+    A method without a sampler learns from labelled slices alone: all steps are its first stage.
+    """
+    first, number, each = (
+        config.rounds.baseline_steps,
+        config.rounds.num_rounds,
+        config.rounds.steps_per_round,
+    )
+    if method.sampler is None:
+        return [Stage("baseline", "first", 0, first + number * each)]
+    found = [Stage("baseline", "first", 0, first)]
+    if method.offline:
+        for k in range(number):
+            found.append(Stage(f"round_{k + 1}", "joint", first + k * each, each))
+    elif number:
+        found.append(Stage("joint", "joint", first, number * each))
+    return found
+
+
+def compile_programs(
+    config: ConfigDict, model: UNet, terms: Callable, views: Any, method: Method, num_steps: int
+) -> Programs:
+    """The programs of one kind of stage; XLA compiles each when it is first called."""
+    optimizer = make_optimizer(config.optimizer, num_steps)
+    net = Net(model)
+    step = functools.partial(
+        steps.train_step,
+        net=net,
+        terms=terms,
+        views=views,
+        optimizer=optimizer,
+        ema_decay=config.optimizer.ema_decay,
+        remember=method.remember,
+    )
+    if devices.steps_per_dispatch(config.log.every) > 1:
+        step = functools.partial(steps.train_steps, step=step)
+    statistics = functools.partial(steps.batch_statistics, net=net, terms=terms, views=views)
+    return Programs(
+        optimizer=optimizer,
+        train=devices.over_devices(step, donate_state=True),
+        statistics=devices.over_devices(statistics, donate_state=False),
     )
 
 
@@ -287,29 +362,33 @@ def take_over_baseline(run: Run, results: dict) -> None:
 
 
 def initial_state(run: Run, number: int) -> steps.TrainState:
-    """A fresh state; number 0 starts the baseline, number k gives round k its heads."""
+    """A fresh state; number 0 starts the first stage, number k gives round k its heads."""
     return steps.create_train_state(
-        jax.random.fold_in(run.key, number),
+        jax.random.fold_in(named_key(run.key, "initial values"), number),
         run.model,
-        run.optimizers["baseline"],
+        run.programs["first"].optimizer,
         image_size=run.config.data.image_size,
+        networks=run.method.networks,
+        init_memory=run.method.init_memory,
     )
 
 
 def predictor(
     run: Run,
-    state: steps.TrainState,
-    refine: Callable | None = None,
+    replicated: steps.TrainState,
     *,
+    refine: Callable | None = None,
     stoppable: bool = True,
 ) -> evaluation.Predict:
     """A state's `batched_predictor`; of several processes, each predicts its part of the slices.
 
     It stops when asked to, if `stoppable`: not in validation, which belongs to the step before it.
     """
+    if run.method.networks > 1:
+        replicated = jax.vmap(steps.first_network)(replicated)
     predict = devices.batched_predictor(
         run.predict,
-        state,
+        replicated,
         batch_size=-(-run.config.data.eval_batch_size // jax.process_count()),
         refine=refine,
         stop_asked=run.stop_asked if stoppable else lambda: False,
@@ -318,11 +397,11 @@ def predictor(
 
 
 def evaluate_state(
-    run: Run, state: steps.TrainState, volume_ids, *, stoppable: bool, **kwargs
+    run: Run, replicated: steps.TrainState, volume_ids, *, stoppable: bool, **kwargs
 ) -> dict:
-    """Metrics of a state on volumes; see `evaluation.evaluate`."""
+    """Metrics of a state, a copy per device, on volumes; see `evaluation.evaluate`."""
     return evaluation.evaluate(
-        predictor(run, state, stoppable=stoppable),
+        predictor(run, replicated, stoppable=stoppable),
         run.prepared,
         volume_ids,
         batch_size=run.config.data.eval_batch_size,

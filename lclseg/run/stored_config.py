@@ -11,6 +11,7 @@ import json
 import runpy
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -19,10 +20,28 @@ from lclseg.data.splits import ROLES, SplitError, choose_lists
 # Of the checkout that this code belongs to. A wheel has none: there a key that one side lacks is a
 # difference, which refuses too much rather than too little.
 CONFIGS = Path(__file__).parents[2] / "configs"
+MISSING = object()
 # What the lists are chosen from.
 TABLES = ("splits", "pool", "test_patients")
+# Keys that have moved, whole groups too.
+MOVED = {
+    "data.pairs": "method.pairs",
+    "data.view_min_classes": "method.view_min_classes",
+    "loss.contrastive_weight": "method.contrastive_weight",
+    "loss.temperature": "method.temperature",
+    "loss.pixels_per_class": "method.pixels_per_class",
+    "loss.matching": "method.matching",
+    "loss.include_background": "method.include_background",
+    "loss.pseudo_label_weight": "method.pseudo_label_weight",
+    "augment.view_contrast_range": "method.view_contrast_range",
+    "augment.view_max_brightness": "method.view_max_brightness",
+    "augment.view_clip": "method.view_clip",
+    "augment.view_geometry": "method.view_geometry",
+    "rounds.calibration_batches": "rounds.batch_norm_batches",
+}
 # Keys that were taken out: the value with which the code did what it does today.
-GONE: dict[str, object] = {}
+GONE = {"loss.separate_batch_norm": False}
+FIRST_METHOD = "local_contrastive"  # of configs from before there was a choice
 # What a run may have otherwise when it goes on: where things are, and how often it tells.
 MACHINE_KEYS = ("num_cpu_devices", "data.data_dir", "data.manual_dir", "log.every")
 # Prefixes of the keys that the baseline does not depend on.
@@ -31,16 +50,8 @@ JOINT_ONLY = (
     "data.data_dir",
     "data.manual_dir",
     "data.unlabeled",
-    "data.view_min_classes",
-    "data.pairs.",
-    "loss.contrastive_weight",
-    "loss.temperature",
-    "loss.pixels_per_class",
-    "loss.matching",
-    "loss.include_background",
-    "loss.pseudo_label_weight",
-    "loss.separate_batch_norm",
-    "augment.view_",
+    "data.unlabeled_batch_size",
+    "method.",
     "crf.",
     "pseudo_labels.",
     "rounds.num_rounds",
@@ -60,7 +71,8 @@ def as_now(stored: dict) -> dict:
     """What was stored at any time, as `to_store` would write it today; the argument stays as it is.
 
     Lists are resolved where they can be: own data's are drawn from the folder before they are
-    stored. Keys that are missing get their defaults; those of `GONE` go where they change nothing.
+    stored. Keys that have moved are moved, those that are gone go where they change nothing, and
+    those that are missing get their defaults.
     """
     content = json.loads(json.dumps(stored))
     data = content["data"]
@@ -70,23 +82,47 @@ def as_now(stored: dict) -> dict:
         data.update({role: list(found) for role, found in choose_lists(ConfigDict(data)).items()})
     for table in TABLES:
         data.pop(table, None)
+    for key, later in MOVED.items():
+        if _get(content, key) is not MISSING:
+            _put(content, later, _pop(content, key))
     for key, value in GONE.items():
-        *groups, name = key.split(".")
-        group = functools.reduce(lambda found, g: found.get(g, {}), groups, content)
-        if name in group and group[name] == value:
-            del group[name]
-    for defaults in (_defaults("default"), _defaults(data.get("name", ""))):
-        _fill(content, defaults)
+        if _get(content, key) == value:
+            _pop(content, key)
+    method = content.setdefault("method", {}).setdefault("name", FIRST_METHOD)
+    for name in ("default", data.get("name", "")):
+        _fill(content, _defaults(name, method))
     return content
 
 
+def _get(content: dict, key: str) -> Any:
+    """The value of a dotted key, or `MISSING`."""
+    found: Any = content
+    for part in key.split("."):
+        found = found.get(part, MISSING) if isinstance(found, dict) else MISSING
+    return found
+
+
+def _pop(content: dict, key: str) -> Any:
+    group, _, name = key.rpartition(".")
+    return _get(content, group).pop(name)
+
+
+def _put(content: dict, key: str, value: Any) -> None:
+    group, _, name = key.rpartition(".")
+    content.setdefault(group, {})[name] = value
+
+
 @functools.cache
-def _defaults(name: str) -> dict:
-    """What configs/<name>.py gives, without tables; {} where there is none."""
+def _defaults(name: str, method: str) -> dict:
+    """What configs/<name>.py gives for a method, without tables; {} where there is no such file."""
     path = CONFIGS / f"{name}.py"
     if not name.isidentifier() or not path.exists():  # it is run: of this folder only
         return {}
-    content = json.loads(runpy.run_path(str(path))["get_config"]().to_json_best_effort())
+    known = (CONFIGS / "methods" / f"{method}.py").exists()
+    config = runpy.run_path(str(path))["get_config"](method if known else FIRST_METHOD)
+    content = json.loads(config.to_json_best_effort())
+    if not known:
+        del content["method"]
     for table in TABLES:
         content["data"].pop(table, None)
     return content

@@ -87,9 +87,15 @@ def lock(workdir: Path) -> TextIO:
     return file
 
 
-def chosen_stage(validation_dice: Mapping[str, float]) -> str:
-    """The stage with the best validation Dice, of equals the first, from {stage: Dice}."""
-    return max(validation_dice, key=validation_dice.__getitem__)
+def chosen_stage(stages: Mapping[str, dict]) -> str:
+    """The stage that a run hands out, of results.json's `results`.
+
+    The best by validation Dice, the first of equals; the last where no volume validates.
+    """
+    dice = {stage: result["best_validation_dice"] for stage, result in stages.items()}
+    if None in dice.values():
+        return list(stages)[-1]
+    return max(dice, key=dice.__getitem__)
 
 
 def write_json(path: Path, content: dict) -> None:

@@ -1,0 +1,3 @@
+"""Labelled slices alone; see lclseg/methods/supervised.py."""
+
+OPTIONS: dict = {}

@@ -1,0 +1,109 @@
+"""Pseudo-labels as a stream: within a stage, the pool's labels are made anew every n steps.
+
+No test and no NIfTI files each time; the labels alone are stored, so that a stage that goes on
+after an interruption does so with the very same ones. Rounds are the case n = steps of a round.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from lclseg import evaluation
+from lclseg.crf import dense_crf
+from lclseg.pseudo_labels import PseudoLabels, count_classes, label_of
+from lclseg.run import multihost
+from lclseg.run.setup import Run, Stage, predictor
+
+
+class StoredLabels:
+    """The files of one stage's refreshed labels, `refreshed_<step>.npz`."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def path(self, number: int) -> Path:
+        return self.folder / f"refreshed_{number:07d}.npz"
+
+    def newest(self, done: int) -> int:
+        """The last step up to `done` at which labels were made; 0 where there is none."""
+        numbers = [int(p.stem.rpartition("_")[2]) for p in self.folder.glob("refreshed_*.npz")]
+        return multihost.json_from_first(max([n for n in numbers if n <= done], default=0))
+
+    def read(self, number: int) -> np.ndarray:
+        """[n, H, W] uint8."""
+        multihost.file_from_first(self.path(number))
+        with np.load(self.path(number), allow_pickle=False) as content:
+            return content["labels"]
+
+    def write(self, number: int, labels: np.ndarray, checkpointed: int) -> None:
+        """Adds labels, and removes those that no checkpoint needs any more."""
+        if not multihost.is_first():
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        partial = self.folder / ".refreshed.partial.npz"
+        np.savez_compressed(partial, labels=labels)
+        partial.replace(self.path(number))
+        needed = self.newest(checkpointed)
+        for path in self.folder.glob("refreshed_*.npz"):
+            if int(path.stem.rpartition("_")[2]) < needed:
+                path.unlink()
+
+
+def refinement(config: ConfigDict) -> Callable:
+    """(slices, probabilities) -> those that the CRF of the config makes of them."""
+    if config.crf.num_steps:
+        return functools.partial(dense_crf, **config.crf)
+    return lambda images, probs: probs
+
+
+def predict_pool(run: Run, replicated, pseudo_labels: PseudoLabels) -> np.ndarray:
+    """Labels [n, H, W] uint8 of the pool's slices by a state, a copy per device.
+
+    As for a round: refined by the CRF, the largest component kept, uncertain pixels `IGNORE`, each
+    as the config has it.
+    """
+    options, ids = run.config.pseudo_labels, pseudo_labels.report["volume_ids"]
+    predictions = evaluation.predict_volumes(
+        predictor(run, replicated, refine=refinement(run.config)),
+        run.prepared,
+        sorted(ids, key=lambda v: run.prepared.volumes[v].first_slice),
+        batch_size=run.config.data.eval_batch_size,
+    )
+    found = [
+        label_of(
+            prediction.probs,
+            run.prepared.num_classes,
+            min_confidence=options.min_confidence,
+            keep_largest=options.largest_component,
+        )
+        for prediction in predictions
+    ]
+    return np.concatenate(found)
+
+
+def refresher(
+    run: Run, stage: Stage, pseudo_labels: PseudoLabels, done: int
+) -> tuple[PseudoLabels, Callable[..., PseudoLabels]]:
+    """The labels that a stage goes on with after step `done`, and what makes them anew.
+
+    Returns:
+      The labels; and (state, a copy per device; step of the stage; newest step with a checkpoint)
+      -> labels, which are stored.
+    """
+    stored = StoredLabels(run.workdir / "pseudo_labels" / stage.name)
+
+    def replaced(labels: np.ndarray) -> PseudoLabels:
+        counts = count_classes(labels, run.prepared.num_classes)
+        return dataclasses.replace(pseudo_labels, labels=labels, class_pixels=counts)
+
+    def refresh(replicated, number: int, checkpointed: int) -> PseudoLabels:
+        labels = predict_pool(run, replicated, pseudo_labels)
+        stored.write(number, labels, checkpointed)
+        return replaced(labels)
+
+    newest = stored.newest(done)
+    return (replaced(stored.read(newest)) if newest else pseudo_labels), refresh

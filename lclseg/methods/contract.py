@@ -1,0 +1,147 @@
+"""What a semi-supervised method is: the contract between one file of `methods/` and training.
+
+A method adds to supervised training which slices make up a batch, how they are augmented, and what
+is minimised. Everything else (optimiser, averaged weights, validation, files) is the same for all.
+Letters: n slices of a group, H W pixels, C classes, R stored slices.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lclseg.data.batches import Pool
+from lclseg.losses import IGNORE
+
+Array = jax.Array
+
+
+class Slices(NamedTuple):
+    """Slices of one group of a batch, on the device.
+
+    Attributes:
+      image: [n, H, W] float32.
+      label: [n, H, W] uint8: ground truth, pseudo-label, or `IGNORE` where the pixel has neither.
+      is_labeled: [n] bool: whether the label is ground truth.
+    """
+
+    image: Array
+    label: Array
+    is_labeled: Array
+
+
+class Term(NamedTuple):
+    """One term of the loss: weight x (total over all devices) / (number over all devices).
+
+    Attributes:
+      total: sum of losses, scalar of this device.
+      number: of losses in it, scalar of this device; where it is 0 on all, the term is 0.
+      weight: number, or scalar of the step (ramp-up); the same on all devices.
+    """
+
+    total: Array
+    number: Array
+    weight: Array | float = 1.0
+
+
+# Maps a random key and one slice's image [H, W] and label [H, W] to both, augmented.
+Augment = Callable[[Array, Array, Array], tuple[Array, Array]]
+# Maps a NumPy generator to the record numbers [n] of each group.
+Draw = Callable[[np.random.Generator], dict[str, np.ndarray]]
+
+
+class Base(NamedTuple):
+    """What all methods build on, made from the config once.
+
+    Attributes:
+      num_classes: C, background included.
+      segmentation: (logits [n, H, W, C], label [n, H, W], axis_name) -> losses [n] of the config's
+        supervised loss; pixels of `IGNORE` do not count.
+      labeled_view: the augmentation of labelled slices, in the config's strength.
+      move: its geometry alone: the weak view of an unlabelled slice.
+      change: its intensity alone: what makes a weak view a strong one.
+      unlabeled_batch_size: slices without ground truth in a global batch.
+      embedding_dim: E of the projection head.
+    """
+
+    num_classes: int
+    segmentation: Callable[[Array, Array, str | None], Array]
+    labeled_view: Augment
+    move: Augment
+    change: Augment
+    unlabeled_batch_size: int
+    embedding_dim: int
+
+
+class Method(NamedTuple):
+    """What a semi-supervised method adds to supervised training. Every field is pure.
+
+    Attributes:
+      terms: (net, params, state, batch, key) -> (terms by name, BatchNorm's statistics), on one
+        device. `batch` has `Slices` by view; the statistics are those of one pass of `net`.
+      views: the views of a step by name, made in this order: (group or earlier view, how each
+        slice is augmented). A view may take its group's name.
+      sampler: (labelled pool, unlabelled pool) -> `Draw` of the groups beside "labeled", which
+        training draws itself, the same for all methods. Called again when pseudo-labels change.
+      heads: modules beside the segmentation head, by name; see `models.Network`.
+      networks: independently initialised copies, a leading axis of all parameters.
+      offline: trains in rounds with stored pseudo-labels; else one stage of as many steps.
+      pretraining: (terms, views) of the first stage, where it is not supervised training.
+      init_memory: params -> what the method keeps between steps, a pytree.
+      remember: (memory, new params, step) -> memory.
+    """
+
+    terms: Callable[..., tuple[dict[str, Term], Any]]
+    views: Mapping[str, tuple[str, Augment]]
+    sampler: Callable[[Pool, Pool], Draw] | None = None
+    heads: Mapping[str, Callable[..., nn.Module]] = {}
+    networks: int = 1
+    offline: bool = False
+    pretraining: tuple[Callable, Mapping[str, tuple[str, Augment]]] | None = None
+    init_memory: Callable[[Any], Any] = lambda params: ()
+    remember: Callable[[Any, Any, Array], Any] = lambda memory, params, step: memory
+
+
+def mean_of(losses: Array, is_counted: Array, weight: Array | float = 1.0) -> Term:
+    """The term that is the mean of losses [n] over the slices that count [n] bool."""
+    return Term(jnp.sum(jnp.where(is_counted, losses, 0)), jnp.sum(is_counted), weight)
+
+
+def segmentation_term(
+    base: Base, logits: Array, label: Array, axis_name: str | None, weight: Array | float = 1.0
+) -> Term:
+    """The config's supervised loss on all pixels with a label; slices without one do not count."""
+    counted = jnp.any(label != IGNORE, axis=(1, 2))
+    return mean_of(base.segmentation(logits, label, axis_name), counted, weight)
+
+
+def draw_from(records: np.ndarray, rng: np.random.Generator, size: int) -> np.ndarray:
+    """Record numbers [size]; without replacement where there are enough slices."""
+    return rng.choice(records, size, replace=len(records) < size)
+
+
+def ramp_up(progress: Array) -> Array:
+    """exp(-5 (1 - t)^2), t in [0, 1] the part of the stage that is done (arXiv:1610.02242)."""
+    return jnp.exp(-5 * (1 - progress) ** 2)
+
+
+def confident_label(probs: Array, threshold: float) -> Array:
+    """[n, H, W] uint8: the most probable class of [n, H, W, C], `IGNORE` below the threshold."""
+    label = jnp.argmax(probs, axis=-1).astype(jnp.uint8)
+    return jnp.where(jnp.max(probs, axis=-1) >= threshold, label, IGNORE)
+
+
+def teacher_probs(
+    net, params: Any, batch_stats: Any, images: Mapping[str, Array]
+) -> dict[str, Array]:
+    """Class probabilities [n, H, W, C] by group, of other weights than those that are trained.
+
+    BatchNorm normalises by these slices, as in training; no gradient flows, and the statistics of
+    this pass are not kept.
+    """
+    out, _ = net(params, batch_stats, images, {group: ("segmentation",) for group in images})
+    probs = {group: jax.nn.softmax(heads["segmentation"]) for group, heads in out.items()}
+    return jax.lax.stop_gradient(probs)

@@ -1,0 +1,78 @@
+"""Mixing two slices by a mask: CutMix and copy-paste. Pure functions of arrays, one slice each.
+
+A mask [H, W] is True where the first slice shows; image and label are mixed alike.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+
+
+def box_mask(top: Array, left: Array, height: Array, width: Array, shape: tuple[int, int]) -> Array:
+    """[H, W] bool, True but for a box of pixels rows [top, top + height), columns likewise."""
+    rows, columns = jnp.arange(shape[0])[:, None], jnp.arange(shape[1])[None, :]
+    inside_rows = (rows >= top) & (rows < top + height)
+    inside_columns = (columns >= left) & (columns < left + width)
+    return ~(inside_rows & inside_columns)
+
+
+def copy_paste_mask(key: Array, shape: tuple[int, int], *, share: float = 2 / 3) -> Array:
+    """The mask of bidirectional copy-paste (BCP): all but a box of `share` of each side.
+
+    The box lies at a random place within the slice.
+
+    Args:
+      key: a single random key.
+      shape: (H, W).
+      share: of each side, in (0, 1).
+
+    Returns:
+      [H, W] bool.
+    """
+    height, width = (int(side * share) for side in shape)
+    free = jnp.array([shape[0] - height + 1, shape[1] - width + 1])
+    top, left = jax.random.randint(key, (2,), 0, free)
+    return box_mask(top, left, jnp.asarray(height), jnp.asarray(width), shape)
+
+
+def cutmix_mask(
+    key: Array,
+    shape: tuple[int, int],
+    *,
+    probability: float = 0.5,
+    area_range: tuple[float, float] = (0.02, 0.4),
+    aspect_range: tuple[float, float] = (0.3, 3.3),
+) -> Array:
+    """The mask of CutMix as UniMatch draws it (arXiv:2208.09910): all but a box, or everything.
+
+    Args:
+      key: a single random key.
+      shape: (H, W).
+      probability: chance of a box at all.
+      area_range: (low, high) of the box, as a share of the slice.
+      aspect_range: (low, high) of height / width; drawn evenly in its logarithm. A side longer than
+        the slice's is cut to it.
+
+    Returns:
+      [H, W] bool.
+    """
+    apply_key, size_key, place_key = jax.random.split(key, 3)
+    low = jnp.array([area_range[0], math.log(aspect_range[0])])
+    high = jnp.array([area_range[1], math.log(aspect_range[1])])
+    area, log_aspect = jax.random.uniform(size_key, (2,), minval=low, maxval=high)
+    pixels, aspect = area * shape[0] * shape[1], jnp.exp(log_aspect)
+    height = jnp.clip(jnp.round(jnp.sqrt(pixels * aspect)), 1, shape[0]).astype(jnp.int32)
+    width = jnp.clip(jnp.round(jnp.sqrt(pixels / aspect)), 1, shape[1]).astype(jnp.int32)
+    place = jax.random.uniform(place_key, (2,))
+    top = jnp.floor(place[0] * (shape[0] - height + 1)).astype(jnp.int32)
+    left = jnp.floor(place[1] * (shape[1] - width + 1)).astype(jnp.int32)
+    mask = box_mask(top, left, height, width, shape)
+    return mask | ~jax.random.bernoulli(apply_key, probability)
+
+
+def mix(mask: Array, first: Array, second: Array) -> Array:
+    """`first` where the mask is True, `second` elsewhere; all [..., H, W]."""
+    return jnp.where(mask, first, second)
