@@ -16,6 +16,7 @@ from lclseg import evaluation, metrics
 from lclseg.components import largest_component
 from lclseg.data import nifti
 from lclseg.data.dataset import PreparedSet
+from lclseg.errors import UserError
 from lclseg.losses import IGNORE
 from lclseg.run import progress
 
@@ -30,7 +31,7 @@ SUSPICIOUS_FACTOR = 4
 PredictRefined = Callable[[np.ndarray], np.ndarray]
 
 
-class PseudoLabelError(ValueError):
+class PseudoLabelError(UserError):
     """No pseudo-labels to train on; the message tells why, and the way out."""
 
 
@@ -188,7 +189,8 @@ class _About(NamedTuple):
       confidence: mean over the pixels of the network's largest probability.
       ignored: share of `IGNORE`.
       is_empty: no pixel is of a foreground class.
-      dice_with_previous: with the round before; None where that did not have the volume.
+      dice_with_previous: with the round before; None where that did not have the volume, or neither
+        shows any class.
       true_metrics: see `metrics.volume_metrics`; None without ground truth.
     """
 
@@ -225,7 +227,7 @@ def _write_volume(
     dice_with_previous = true_metrics = None
     if previous is not None and volume_id in previous.report["volume_ids"]:
         before = previous.read(np.asarray(prepared.volumes[volume_id].slices))
-        dice_with_previous = mean_foreground_dice(label, before, prepared.num_classes)
+        dice_with_previous = metrics.mean_foreground_dice(label, before, prepared.num_classes)
     if native.label is not None:  # hidden from training; tells how good the pseudo-labels are
         true_metrics = metrics.volume_metrics(
             native_label,
@@ -262,7 +264,7 @@ def _report(
         "empty_volumes": empty,
         "mean_confidence": float(np.mean([a.confidence for a in told.values()])),
         "ignored_fraction": float(np.mean([a.ignored for a in told.values()])),
-        "dice_with_previous_round": float(np.nanmean(dices)) if dices else None,
+        "dice_with_previous_round": float(np.mean(dices)) if dices else None,
         "true_mean_dice": summary["mean_dice"],
         "true_dice_per_class": summary["dice_per_class"],
         "warnings": _warnings(voxels, empty, len(told), prepared, labeled_ids),
@@ -374,9 +376,3 @@ def count_classes(labels: np.ndarray, num_classes: int) -> np.ndarray:
     """Pixels of each class per slice, [n, C], of labels [n, H, W]."""
     counts = [np.bincount(s.ravel(), minlength=num_classes)[:num_classes] for s in labels]
     return np.stack(counts)
-
-
-def mean_foreground_dice(label: np.ndarray, other: np.ndarray, num_classes: int) -> float:
-    """Mean Dice of two labellings over the classes that either shows; 1.0 where there is none."""
-    scores = [metrics.dice(label == k, other == k) for k in range(1, num_classes)]
-    return float(np.nanmean(scores)) if not np.isnan(scores).all() else 1.0

@@ -9,7 +9,6 @@ from. Correct these in ITK-SNAP or 3D Slicer, put them beside your other masks, 
 import argparse
 import csv
 import io
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -22,14 +21,13 @@ from lclseg.cores import usable_cores
 from lclseg.data import nifti, own_data
 from lclseg.data.dataset import PreparedSet
 from lclseg.data.layouts import Files
-from lclseg.model_files import ModelError, TrainedModel
+from lclseg.errors import in_words
+from lclseg.model_files import TrainedModel
 from lclseg.page import tables
 from lclseg.page.recorded import RunError, find_prepared
 from lclseg.run import devices, progress
-from lclseg.run.setup import USER_ERRORS as RUN_ERRORS
 from lclseg.run.workdir import read_json, write_json, write_text
 
-USER_ERRORS = (*RUN_ERRORS, ModelError, RunError, OSError)
 DRAWS = 4  # pairs of augmented predictions of a volume
 
 
@@ -220,6 +218,7 @@ def as_csv(suggestions: Sequence[Suggestion]) -> str:
     return text.getvalue()
 
 
+@in_words()
 def main(argv: Sequence[str] | None = None) -> None:
     # Not absl's flags: those of all modules of a process share their names.
     parser = argparse.ArgumentParser("lclseg.suggest", allow_abbrev=False, description=__doc__)
@@ -236,12 +235,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     devices.set_up_jax(usable_cores())
     workdir = options.workdir.expanduser().absolute()
     output = (options.output or workdir / "suggestions").expanduser()
-    try:
-        suggestions = suggest(
-            workdir, output, stage=options.stage, count=options.count, draws=options.draws
-        )
-    except USER_ERRORS as error:
-        sys.exit(f"lclseg: {error}")
+    suggestions = suggest(
+        workdir, output, stage=options.stage, count=options.count, draws=options.draws
+    )
     rows = [["", "volume", "expected Dice", "gain"]]
     for s in suggestions[: options.count]:
         rows.append([str(s.rank), s.volume_id, f"{s.expected_dice:.3f}", f"{s.gain:.1%}"])

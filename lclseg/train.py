@@ -20,11 +20,12 @@ from tqdm import tqdm
 from lclseg import evaluation, model_files, quality_gate, report, steps
 from lclseg.data import own_data
 from lclseg.data.batches import Pool, ground_truth_pool, records_of, sampler, select_slices
+from lclseg.errors import NonFiniteLossError
 from lclseg.label_stream import refinement, refresher
 from lclseg.pseudo_labels import PseudoLabels, load_pseudo_labels, make_pseudo_labels
 from lclseg.random_keys import named_key
 from lclseg.run import checkpoint, devices, multihost, tensorboard
-from lclseg.run.config_checks import ConfigError
+from lclseg.run.config_checks import ConfigError, check_config
 from lclseg.run.setup import (
     Programs,
     Run,
@@ -44,10 +45,6 @@ from lclseg.run.workdir import chosen_stage, new_results, read_json, write_json
 ZEROS_TO_WARN = 5  # validations in a row
 OVERLAYS = 2  # validation volumes shown in TensorBoard
 logger = logging.getLogger("lclseg")
-
-
-class NonFiniteLossError(FloatingPointError):
-    """The loss is not finite any more; the message names the step and its slices."""
 
 
 class Best(NamedTuple):
@@ -544,10 +541,18 @@ def train_and_evaluate(
     Raises:
       Interrupted: `stop_asked` gave True; everything is saved.
     """
+    check_config(config, num_devices=jax.device_count())
     config, proposed = own_data.complete(config)
     if proposed:
         logger.info("\n%s", proposed)
     run = start_run(config, workdir, stop_asked)
+    with run.lock:
+        return train_stages(run)
+
+
+def train_stages(run: Run) -> dict:
+    """`train_and_evaluate` in a workdir that is this run's."""
+    config, workdir = run.config, run.workdir
     results = read_json(workdir / "results.json") or new_results(config, run.prepared, run.split)
     if config.rounds.baseline_from and "baseline" not in results["results"]:
         if multihost.is_first():

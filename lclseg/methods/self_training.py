@@ -24,8 +24,12 @@ from lclseg.losses import IGNORE
 from lclseg.methods.contract import Base, Method, Slices, draw_from, segmentation_term
 from lclseg.mixing import copy_paste_mask, mix
 from lclseg.random_keys import slice_keys
+from lclseg.rules import NOT_NEGATIVE, YES_NO
 
 Array = jax.Array
+
+
+RULES = {"weight": NOT_NEGATIVE, "copy_paste": YES_NO}
 
 
 def copy_paste(

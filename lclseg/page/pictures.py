@@ -9,12 +9,13 @@ import numpy as np
 
 from lclseg.data import grid
 from lclseg.data.dataset import PreparedSet
+from lclseg.metrics import mean_foreground_dice
 from lclseg.page import figures
 from lclseg.page.elements import figure, key, legend, note, text
 from lclseg.page.palette import PALETTE
 from lclseg.page.recorded import RecordedRun, named
 from lclseg.page.tables import number
-from lclseg.pseudo_labels import PseudoLabelError, load_pseudo_labels, mean_foreground_dice
+from lclseg.pseudo_labels import PseudoLabelError, load_pseudo_labels
 
 NUM_CHANGED = 3  # volumes shown whose pseudo-labels changed most
 
@@ -87,14 +88,12 @@ def changed_pictures(run: RecordedRun) -> Iterator[str]:
         for volume_id in stored.report["volume_ids"]:
             slices = np.asarray(run.prepared.volumes[volume_id].slices)
             labels.setdefault(volume_id, {})[name] = stored.read(slices)
-    agreements = {
-        volume_id: {
-            later: mean_foreground_dice(own[before], own[later], run.prepared.num_classes)
-            for before, later in itertools.pairwise(own)
-        }
-        for volume_id, own in labels.items()
-        if len(own) > 1
-    }
+    agreements: dict[str, dict[str, float]] = {}
+    for volume_id, own in labels.items():
+        for before, later in itertools.pairwise(own):
+            dice = mean_foreground_dice(own[before], own[later], run.prepared.num_classes)
+            if dice is not None:  # else both are empty: nothing has changed
+                agreements.setdefault(volume_id, {})[later] = dice
     if not agreements:
         yield note("No picture: no volume has pseudo-labels of two rounds to compare yet.")
         return
