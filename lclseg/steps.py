@@ -283,17 +283,19 @@ def train_steps(
       step: `train_step` with all that is static.
 
     Returns:
-      The new state, and the metrics of the last step; `first_not_finite` is the place, from 0, of
-      the first step with a metric that is not finite, `num_steps` where there is none.
+      The new state, and the metrics of the last step, or of the first one with a metric that is
+      not finite; `first_not_finite` is its place, from 0, and `num_steps` where there is none.
     """
     shapes = jax.eval_shape(step, state, store, {g: r[0] for g, r in rows.items()}, key)[1]
     metrics = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
     def body(i, carry):
-        state, _, first = carry
+        state, kept, first = carry
         state, metrics = step(state, store, {g: r[i] for g, r in rows.items()}, key)
         finite = jnp.all(jnp.array([jnp.isfinite(m) for m in metrics.values()]))
-        return state, metrics, jnp.where(finite | (first < num_steps), first, i)
+        found = first < num_steps
+        metrics = jax.tree.map(functools.partial(jnp.where, found), kept, metrics)
+        return state, metrics, jnp.where(finite | found, first, i)
 
     carry = (state, metrics, num_steps)
     state, metrics, first = jax.lax.fori_loop(0, num_steps, body, carry)

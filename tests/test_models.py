@@ -11,7 +11,8 @@ import pytest
 
 from lclseg import models
 
-TINY = {"num_classes": 3, "filters": (4, 8), "embedding_dim": 6}
+PROJECTION = {"projection": functools.partial(models.ProjectionHead, 6)}
+TINY = {"num_classes": 3, "filters": (4, 8), "heads": PROJECTION}
 DEEPER = TINY | {"filters": (4, 8, 8)}
 
 
@@ -71,10 +72,46 @@ def count_by_hand(num_classes):
 @pytest.mark.parametrize("image_size", [64, 192])
 @pytest.mark.parametrize("num_classes", [3, 8])
 def test_parameter_count_and_shapes(image_size, num_classes):
-    variables, (logits, embeddings) = shapes_of(models.UNet(num_classes), image_size)
+    heads = {"projection": functools.partial(models.ProjectionHead, 16)}
+    variables, outputs = shapes_of(models.UNet(num_classes, heads=heads), image_size)
     assert number_of(variables["params"]) == count_by_hand(num_classes)
-    assert logits.shape == (2, image_size, image_size, num_classes)
-    assert embeddings.shape == (2, image_size, image_size, 16)
+    assert set(outputs) == {"segmentation", "projection"}
+    assert outputs["segmentation"].shape == (2, image_size, image_size, num_classes)
+    assert outputs["projection"].shape == (2, image_size, image_size, 16)
+
+
+def test_levels_are_the_features_of_the_decoder_finest_first():
+    model = models.UNet(3, filters=(4, 6, 8))
+    variables, _ = shapes_of(model, 32)
+    images = jax.ShapeDtypeStruct((2, 32, 32), jnp.float32)
+    trunk = functools.partial(model.apply, train=False, method="trunk")
+    levels = jax.eval_shape(trunk, variables, images)
+    assert [x.shape for x in levels] == [(2, 32, 32, 4), (2, 16, 16, 6), (2, 8, 8, 8)]
+    # Two channels, of which one may be a distance: the first convolution has as many inputs.
+    images = jax.ShapeDtypeStruct((2, 32, 32, 2), jnp.float32)
+    init = functools.partial(model.init, train=False)
+    params = jax.eval_shape(init, jax.random.key(0), images)["params"]
+    assert params["unet_trunk"]["ConvBlock_0"]["Conv_0"]["kernel"].shape == (3, 3, 2, 4)
+
+
+class MeanOfLevel(nn.Module):
+    """A head without parameters: each slice's mean at the level that it asks for."""
+
+    level: int = 1
+    dtype: object = None
+    axis_name: str | None = None
+
+    def __call__(self, x, *, train):
+        return jnp.mean(x, axis=(1, 2))
+
+
+def test_a_head_reads_the_level_that_it_names():
+    model, images = models.UNet(3, filters=(4, 8), heads={"mean": MeanOfLevel}), random_images()
+    variables = random_variables(model)
+    levels = model.apply(variables, images, train=False, method="trunk")
+    outputs = model.apply(variables, images, train=False)
+    assert set(outputs) == {"segmentation", "mean"}
+    np.testing.assert_allclose(outputs["mean"], np.mean(levels[1], axis=(1, 2)), rtol=1e-5)
 
 
 def test_parameter_count_is_about_two_million():
@@ -89,7 +126,7 @@ def test_parameters_and_outputs_are_float32_whatever_the_computation(dtype):
     features = jax.eval_shape(
         functools.partial(model.apply, train=False, method="trunk"), variables, random_images()
     )
-    assert features.dtype == dtype
+    assert {level.dtype for level in features} == {jnp.dtype(dtype)}
 
 
 @pytest.mark.parametrize(("height", "width"), [(18, 16), (16, 18)])
@@ -113,12 +150,12 @@ def test_each_loss_reaches_the_trunk_and_its_own_head_only():
             )
             return jnp.sum(jnp.sin(outputs[which]))
 
-        return [jax.grad(loss)(params, which) for which in (0, 1)]
+        return [jax.grad(loss)(params, which) for which in heads]
 
-    heads = ("segmentation_head", "projection_head")
-    for own, grad in zip(heads, grads(variables["params"]), strict=True):
+    heads = ("segmentation", "projection")
+    for name, grad in zip(heads, grads(variables["params"]), strict=True):
         for path, leaf in jax.tree_util.tree_leaves_with_path(grad):
-            reached = path[0].key in ("unet_trunk", own)
+            reached = path[0].key in ("unet_trunk", f"{name}_head")
             assert np.isfinite(leaf).all()
             assert np.any(leaf) == reached, jax.tree_util.keystr(path)
 
@@ -133,7 +170,9 @@ def test_trunk_looks_as_far_as_its_levels_say():
     images = random_images((1, 64, 64))
     touched = images.copy()
     touched[0, 32, 32] += 10
-    changed = np.any(np.asarray(trunk(variables, images) != trunk(variables, touched)), axis=-1)
+    changed = np.any(
+        np.asarray(trunk(variables, images)[0] != trunk(variables, touched)[0]), axis=-1
+    )
     for places in np.nonzero(changed[0]):
         assert (places.min(), places.max()) == (8, 52)
 
@@ -164,10 +203,10 @@ def test_gradient_is_finite_when_the_compiler_computes_a_pooled_pixel_twice():
     variables = random_variables(model)
 
     def loss(params):
-        (logits, _), _ = model.apply(
+        outputs, _ = model.apply(
             {**variables, "params": params}, images, train=True, mutable=["batch_stats"]
         )
-        return jnp.sum(jnp.sin(logits))
+        return jnp.sum(jnp.sin(outputs["segmentation"]))
 
     # Away from scale 1 and bias 0, with which BatchNorm rounds nothing.
     rng = np.random.default_rng(0)
@@ -299,3 +338,142 @@ def test_prediction_leaves_the_statistics_alone_and_training_changes_all_of_them
         _, updated = apply(variables, images)
         for a, b in zip(before, jax.tree.leaves(updated["batch_stats"]), strict=True):
             assert np.any(np.asarray(a != b)) == train
+
+
+GROUPS = {"a": 2, "b": 3, "c": 1}
+HEADS = {"a": ("segmentation",), "b": ("projection", "segmentation"), "c": ("projection",)}
+
+
+def grouped_images():
+    images, first = random_images((6, 16, 16)), 0
+    found = {}
+    for group, number in GROUPS.items():
+        found[group] = images[first : first + number]
+        first += number
+    return images, found
+
+
+def test_net_is_one_pass_over_all_groups():
+    """Outputs and statistics are those of the model on all slices together, as one batch."""
+    model = models.UNet(**TINY)
+    variables = random_variables(model)
+    images, groups = grouped_images()
+    out, statistics = jax.jit(lambda v, x: models.Net(model)(*v, x, HEADS))(
+        (variables["params"], variables["batch_stats"]), groups
+    )
+    assert {group: set(heads) for group, heads in out.items()} == {
+        group: set(names) for group, names in HEADS.items()
+    }
+
+    def by_hand(variables, images):
+        run = functools.partial(model.apply, variables, train=True, mutable=["batch_stats"])
+        levels, updates = run(images, method="trunk")
+        own = {"segmentation": slice(0, 5), "projection": slice(2, 6)}
+        found = {}
+        for name, rows in own.items():
+            found[name], updated = run(tuple(x[rows] for x in levels), name, method="head")
+            updates["batch_stats"][f"{name}_head"] = updated["batch_stats"][f"{name}_head"]
+        return found, updates["batch_stats"]
+
+    expected, expected_statistics = jax.jit(by_hand)(variables, images)
+    parts = {
+        "segmentation": {"a": slice(0, 2), "b": slice(2, 5)},
+        "projection": {"b": slice(0, 3), "c": slice(3, 4)},
+    }
+    for name, rows in parts.items():
+        for group, own in rows.items():
+            np.testing.assert_allclose(out[group][name], expected[name][own], rtol=1e-4, atol=1e-5)
+    assert jax.tree.structure(statistics) == jax.tree.structure(variables["batch_stats"])
+    for a, b in zip(
+        *map(jax.tree.leaves, (statistics, {k: expected_statistics[k] for k in statistics})),
+        strict=True,
+    ):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_a_head_that_does_not_run_keeps_its_statistics():
+    model = models.UNet(**TINY)
+    variables = random_variables(model)
+    images = {"a": random_images()}
+    _, statistics = models.Net(model)(
+        variables["params"], variables["batch_stats"], images, {"a": ("segmentation",)}
+    )
+    before = variables["batch_stats"]
+    assert statistics["projection_head"] is before["projection_head"]
+    for name in ("unet_trunk", "segmentation_head"):
+        first = [tree[name]["ConvBlock_0"]["BatchNorm_0"]["mean"] for tree in (statistics, before)]
+        assert np.any(first[0] != first[1])
+
+
+def kept(axis_name=None):
+    """`Net`'s factors [n, 1, 1, F] by level, of n slices on one device."""
+    net = models.Net(models.UNet(3, filters=(64, 32), axis_name=axis_name))
+    return lambda key, number: net._keep(key, number)
+
+
+def test_dropout_drops_half_of_each_slice_s_channels_and_doubles_the_rest():
+    factors = kept()(jax.random.key(0), 50)
+    assert [f.shape for f in factors] == [(50, 1, 1, 64), (50, 1, 1, 32)]
+    for factor in factors:
+        assert set(np.unique(factor)) == {0.0, 2.0}
+        # A fair coin: five standard deviations about 1, of 3200 and 1600 tosses.
+        assert abs(np.mean(factor) - 1) < 5 / np.sqrt(factor.size)
+        assert len(np.unique(np.asarray(factor)[:, 0, 0], axis=0)) == 50  # each slice its own
+    assert all(np.all(f == 1) for f in kept()(None, 3))
+
+
+def test_dropout_does_not_depend_on_the_number_of_devices():
+    one = kept()(jax.random.key(4), 8)
+    four = jax.vmap(lambda _: kept("devices")(jax.random.key(4), 2), axis_name="devices")(
+        jnp.arange(4)
+    )
+    # vmap in_axes None would hide a key without the device in it.
+    for a, b in zip(one, four, strict=True):
+        np.testing.assert_array_equal(np.asarray(b).reshape(a.shape), a)
+
+
+def test_dropout_reaches_the_groups_that_ask_for_it():
+    """Those without a key are as without dropout, but for BatchNorm, which sees all together."""
+    model = models.UNet(3, filters=(4, 8))
+    variables = random_variables(model)
+    seen = []
+
+    def record(next_function, arguments, options, context):
+        if isinstance(context.module, models.Trunk) and context.method_name == "__call__":
+            seen.append(options["keep"])
+        return next_function(*arguments, **options)
+
+    images = {"a": random_images(), "b": random_images((3, 16, 16))}
+    heads = {group: ("segmentation",) for group in images}
+    with nn.intercept_methods(record):
+        plain, _ = models.Net(model)(*map(variables.get, ("params", "batch_stats")), images, heads)
+        dropped, _ = models.Net(model)(
+            *map(variables.get, ("params", "batch_stats")),
+            images,
+            heads,
+            dropout={"b": jax.random.key(0)},
+        )
+    assert seen[0] is None
+    for factor in seen[1]:
+        assert np.all(factor[:2] == 1) and set(np.unique(factor[2:])) == {0.0, 2.0}
+    assert np.any(plain["b"]["segmentation"] != dropped["b"]["segmentation"])
+
+
+def test_encoder_features_are_scaled_by_the_given_factors():
+    """All 1: as without. All 0: no image reaches any level, so all slices come out alike."""
+    model = models.UNet(3, filters=(4, 8))
+    variables = random_variables(model)
+    trunk = functools.partial(model.apply, variables, train=False, method="trunk")
+    images = random_images()
+    ones = [np.ones((2, 1, 1, f), np.float32) for f in (4, 8)]
+    for a, b in zip(trunk(images, keep=ones), trunk(images), strict=True):
+        np.testing.assert_array_equal(a, b)
+    for level in trunk(images, keep=[0 * f for f in ones]):
+        np.testing.assert_array_equal(level[0], level[1])
+    # Dropped in one slice, kept in the other.
+    half = [f * np.array([0, 1], np.float32).reshape(2, 1, 1, 1) for f in ones]
+    for a, b, c in zip(
+        trunk(images, keep=half), trunk(images), trunk(images[::-1], keep=half), strict=True
+    ):
+        np.testing.assert_array_equal(a[1], b[1])
+        np.testing.assert_array_equal(a[0], c[0])
