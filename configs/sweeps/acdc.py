@@ -15,19 +15,19 @@ BASE = {
         for n in range(first, last + 1)
     ),
     # The paper's.
-    "loss.pixels_per_class": 3,
-    "loss.pseudo_label_weight": 0.0,
-    "augment.view_geometry": False,
+    "method.pixels_per_class": 3,
+    "method.pseudo_label_weight": 0.0,
+    "method.view_geometry": False,
     # 5 px, which the stored runs had at this size: twice the default.
     "augment.elastic_sigma": 5 / 96,
 }
-SELF_TRAINING = {"loss.pseudo_label_weight": 1.0, "augment.view_geometry": True}
-EVERY_PIXEL = {"loss.pixels_per_class": 0}
+SELF_TRAINING = {"method.pseudo_label_weight": 1.0, "method.view_geometry": True}
+EVERY_PIXEL = {"method.pixels_per_class": 0}
 ROWS = {
     "a supervised": {"rounds.num_rounds": 0, "rounds.baseline_steps": 700},
     # Unlabelled slices go through the network, and so through BatchNorm, but no loss reads them.
-    "joint pass only": {"loss.contrastive_weight": 0.0},
-    "b self-training": SELF_TRAINING | {"loss.contrastive_weight": 0.0},
+    "joint pass only": {"method.contrastive_weight": 0.0},
+    "b self-training": SELF_TRAINING | {"method.contrastive_weight": 0.0},
     "d inter, every pixel": EVERY_PIXEL,
     "b + d": SELF_TRAINING | EVERY_PIXEL,
 }

@@ -8,25 +8,25 @@ The same number of optimiser steps in every row; each joint row shares the basel
 CONFIG = "../hippocampus.py"
 PAIRS = (("c1", 0), ("c2", 1), ("c3", 2))
 BASE = {
-    "loss.pixels_per_class": 3,  # the paper's
+    "method.pixels_per_class": 3,  # the paper's
     # 5 px, which the stored runs had at this size: three times the default.
     "augment.elastic_sigma": 5 / 64,
 }
-SELF_TRAINING = {"loss.pseudo_label_weight": 1.0, "augment.view_geometry": True}
+SELF_TRAINING = {"method.pseudo_label_weight": 1.0, "method.view_geometry": True}
 SUPERVISED = {"rounds.num_rounds": 0, "rounds.baseline_steps": 700}
-EVERY_PIXEL = {"loss.pixels_per_class": 0}
+EVERY_PIXEL = {"method.pixels_per_class": 0}
 ROWS = {
     "a supervised": SUPERVISED,
     # Unlabelled slices go through the network, and so through BatchNorm, but no loss reads them.
-    "joint pass only": {"loss.contrastive_weight": 0.0},
-    "b self-training": SELF_TRAINING | {"loss.contrastive_weight": 0.0},
-    "b without CRF": SELF_TRAINING | {"loss.contrastive_weight": 0.0, "crf.num_steps": 0},
+    "joint pass only": {"method.contrastive_weight": 0.0},
+    "b self-training": SELF_TRAINING | {"method.contrastive_weight": 0.0},
+    "b without CRF": SELF_TRAINING | {"method.contrastive_weight": 0.0, "crf.num_steps": 0},
     "c inter, 3 anchors": {},
     "d inter, every pixel": EVERY_PIXEL,
-    "e batch, every pixel": EVERY_PIXEL | {"loss.matching": "batch"},
+    "e batch, every pixel": EVERY_PIXEL | {"method.matching": "batch"},
     "f d without CRF": EVERY_PIXEL | {"crf.num_steps": 0},
-    "g d, weight 0.01": EVERY_PIXEL | {"loss.contrastive_weight": 0.01},
-    "g d, weight 1": EVERY_PIXEL | {"loss.contrastive_weight": 1.0},
+    "g d, weight 0.01": EVERY_PIXEL | {"method.contrastive_weight": 0.01},
+    "g d, weight 1": EVERY_PIXEL | {"method.contrastive_weight": 1.0},
     "b + d": SELF_TRAINING | EVERY_PIXEL,
     "h all labels": SUPERVISED | {"data.num_labeled": "all"},
 }
