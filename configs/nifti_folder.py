@@ -3,6 +3,8 @@
   python -m lclseg.main --config=configs/nifti_folder.py --config.data.manual_dir=MYDATA \
     --workdir=runs/mine
 
+Expected: some minutes on two CPU cores; the score depends on the data, see report.html.
+
 MYDATA holds images/ and labels/ with equal names, or imagesTr/, labelsTr/, imagesTs/ and
 dataset.json (nnU-Net, Medical Segmentation Decathlon). What is left open here (0, -1, ()) is
 proposed from the data and printed before the run. The schedule, 300 + 2 x 150 steps, is for a first

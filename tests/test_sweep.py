@@ -189,11 +189,11 @@ def test_sweeps_of_the_repository(path):
 
 @pytest.mark.parametrize("name", ["acdc", "hippocampus"])
 def test_tables_of_the_repository_are_made_from_its_runs(name):
-    """The runs are those of the sweep as it is, and README.md shows their means."""
+    """The runs are those of the sweep as it is, and docs/results.md shows their means."""
     sweep = sweeps.load_sweep(ROOT / "configs" / "sweeps" / f"{name}.py")
     folder = ROOT / "results" / name
     results = sweeps.read_results(folder, sweep)
     assert len(results) == len(list(folder.glob("*/*.json"))) > 0
     table = sweeps.markdown(sweep, results)
     assert (folder / "README.md").read_text() == table + "\n"
-    assert table.partition("\n\n")[0] in (ROOT / "README.md").read_text()
+    assert table.partition("\n\n")[0] in (ROOT / "docs" / "results.md").read_text()
