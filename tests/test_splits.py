@@ -222,7 +222,7 @@ def config(request):
 
 
 def test_lists_of_the_config_files(config):
-    """Every split: disjoint by patient, as many labelled as it says, a validation pair."""
+    """Every split: disjoint by patient, as many labelled as it says, validation patients."""
     data = config.data
     patients = {*data.pool, *data.test_patients}
     for splits in data.splits.values():
@@ -235,7 +235,7 @@ def test_lists_of_the_config_files(config):
             resolved = resolve_split(data, entries)
             counts = [len(ids) for ids in resolved]
             assert len(set().union(*resolved)) == sum(counts), (num_labeled, name)
-            assert counts[2] == len(split.validation) == 2
+            assert counts[2] == len(split.validation) == (10 if data.image_size == 256 else 2)
             assert counts[3] == len(data.test_patients)
             assert counts[0] == len(split.labeled)
             if num_labeled == "all":  # nobody of the pool is left over
