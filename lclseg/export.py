@@ -24,6 +24,7 @@ from lclseg.data import preprocess
 from lclseg.data.preprocess import Preprocessing, is_whole
 from lclseg.errors import in_words
 from lclseg.model_files import ModelError, TrainedModel
+from lclseg.models import ProjectionHead
 from lclseg.page import tables
 from lclseg.run import devices
 from lclseg.run.config_checks import CHOICES
@@ -31,15 +32,17 @@ from lclseg.run.workdir import write_json
 
 MODEL_FILE, PARAMETERS_FILE, CARD_FILE = "model.json", "parameters.npz", "README.md"
 FORMAT = "lclseg model"
-VERSION = 1  # of the folder; rises when an older lclseg would read it wrongly
+# Of the folder; rises when an older lclseg would read it wrongly. Version 1 held a projection head
+# as well, which is checked like all the rest and left out.
+VERSION, READABLE = 2, (1, 2)
 MAX_BATCH, MAX_FILTERS, MAX_LEVELS = 4096, 2**14, 12
 MAX_JSON_BYTES = 2**20
 
 WANTED = {
     "format": (lambda v: v == FORMAT, repr(FORMAT)),
     "version": (
-        lambda v: is_whole(v, VERSION, VERSION),
-        f"{VERSION}, the only one that this lclseg reads",
+        lambda v: is_whole(v, *READABLE),
+        f"{READABLE[0]} or {READABLE[1]}, which this lclseg reads",
     ),
     "preprocessing": (lambda v: isinstance(v, dict), "an object"),
     "architecture": (lambda v: isinstance(v, dict), "an object"),
@@ -48,11 +51,13 @@ WANTED = {
 }
 WANTED_ARCHITECTURE = {
     "filters": (lambda v: _are_filters(v), f"1 to {MAX_LEVELS} numbers in 1..{MAX_FILTERS}"),
-    "embedding_dim": (lambda v: is_whole(v, 1, MAX_FILTERS), f"1..{MAX_FILTERS}"),
     "dtype": (
         lambda v: isinstance(v, str) and v in CHOICES["model.dtype"],
         " or ".join(CHOICES["model.dtype"]),
     ),
+}
+WANTED_PROJECTION = {
+    "embedding_dim": (lambda v: is_whole(v, 1, MAX_FILTERS), f"1..{MAX_FILTERS}"),
 }
 
 
@@ -118,7 +123,8 @@ def read_model(folder: Path) -> TrainedModel:
         preprocess.check_values(content, WANTED, str(path))
         how = preprocess.from_json(content["preprocessing"], f"{path}, preprocessing")
         architecture = content["architecture"]
-        preprocess.check_values(architecture, WANTED_ARCHITECTURE, f"{path}, architecture")
+        wanted = WANTED_ARCHITECTURE | (WANTED_PROJECTION if content["version"] == 1 else {})
+        preprocess.check_values(architecture, wanted, f"{path}, architecture")
     except ValueError as error:
         raise ModelError(str(error)) from error
     multiple = 2 ** (len(architecture["filters"]) - 1)
@@ -132,7 +138,7 @@ def read_model(folder: Path) -> TrainedModel:
     return TrainedModel(
         source=folder,
         preprocessing=how,
-        architecture=architecture,
+        architecture={name: architecture[name] for name in WANTED_ARCHITECTURE},
         batch_size=content["batch_size"],
         state=model_files.inference_state(tree["params"], tree["batch_stats"]),
         facts=content["facts"],
@@ -142,6 +148,9 @@ def read_model(folder: Path) -> TrainedModel:
 def _wanted_leaves(how: Preprocessing, architecture: dict) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes and types of all parameters and statistics by name; nothing is computed."""
     unet = model_files.unet(how, architecture)
+    if "embedding_dim" in architecture:
+        head = functools.partial(ProjectionHead, architecture["embedding_dim"])
+        unet = unet.clone(heads={"projection": head})
     slices = jax.ShapeDtypeStruct((1, how.image_size, how.image_size), jnp.float32)
     init = functools.partial(unet.init, train=False)
     return flax.traverse_util.flatten_dict(jax.eval_shape(init, jax.random.key(0), slices), sep="/")
@@ -223,7 +232,7 @@ def model_card(model: TrainedModel) -> str:
     before = "\n".join(f"* {t}" for t in transforms if t)
     method = "supervised"
     if facts["stage"] != "baseline":
-        method = "in rounds on pseudo-labels (after arXiv:2112.09645)"
+        method = f"semi-supervised by the method {facts.get('method', 'local_contrastive')}"
     if test is None:
         tested = "This checkpoint has not been tested."
     else:
@@ -297,7 +306,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser("lclseg.export", allow_abbrev=False, description=__doc__)
     parser.add_argument("--workdir", type=Path, required=True, help="of the run")
     parser.add_argument(
-        "--stage", help="baseline, round_1, ...: its best model; last: the newest weights"
+        "--stage", help="baseline, joint, round_1, ...: its best model; last: the newest weights"
     )
     parser.add_argument("--output", type=Path, required=True, help="folder that does not exist yet")
     options = parser.parse_args(argv)

@@ -1,6 +1,5 @@
 """A model of a run, as a rule its best, with all that a prediction needs beside it."""
 
-import functools
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,12 +14,14 @@ from lclseg.data import preprocess
 from lclseg.data.dataset import open_builder, preprocessing_of
 from lclseg.data.preprocess import Preprocessing
 from lclseg.errors import UserError
-from lclseg.models import ProjectionHead, UNet
+from lclseg.methods.base import method_of
+from lclseg.models import UNet
 from lclseg.run import checkpoint
 from lclseg.run.setup import make_optimizer
 from lclseg.run.workdir import chosen_stage, read_json
 
 LAST = "last"  # in place of a stage's name: the newest weights of the last one
+PARTS = ("unet_trunk", "segmentation_head")  # of the network; a prediction needs no other
 
 
 class ModelError(UserError):
@@ -33,9 +34,10 @@ class TrainedModel(NamedTuple):
     Attributes:
       source: folder that it comes from.
       preprocessing: what a volume goes through before it, and what its classes are called.
-      architecture: {"filters": [...], "embedding_dim": int, "dtype": str} of the U-Net.
+      architecture: {"filters": [...], "dtype": str} of the U-Net.
       batch_size: slices at once.
-      state: averaged weights and BatchNorm's statistics; nothing that only training needs.
+      state: averaged weights and BatchNorm's statistics of trunk and segmentation head; nothing
+        that only training needs. Of several networks those of the first.
       facts: JSON-ready, where the model comes from: see `_facts`.
     """
 
@@ -48,24 +50,23 @@ class TrainedModel(NamedTuple):
 
 
 def unet(preprocessing: Preprocessing, architecture: dict) -> UNet:
-    """The U-Net of a trained model."""
+    """The U-Net of a trained model, with the segmentation head alone."""
     return UNet(
         num_classes=len(preprocessing.class_names) + 1,
         filters=tuple(architecture["filters"]),
-        heads={"projection": functools.partial(ProjectionHead, architecture["embedding_dim"])},
         dtype=architecture["dtype"],
     )
 
 
 def inference_state(params: dict, batch_stats: dict) -> steps.TrainState:
-    """A state that can predict, and cannot be trained."""
+    """A state that can predict, and cannot be trained; heads beside the segmentation's go."""
     return steps.TrainState(
         step=jnp.zeros((), jnp.int32),
         stage=jnp.zeros((2,), jnp.int32),
         params={},
-        batch_stats=batch_stats,
+        batch_stats={name: batch_stats[name] for name in PARTS},
         opt_state=(),
-        ema_params=params,
+        ema_params={name: params[name] for name in PARTS},
     )
 
 
@@ -79,8 +80,8 @@ def load_run(workdir: Path, stage: str | None = None) -> TrainedModel:
 
     Args:
       workdir: of the run.
-      stage: "baseline" or "round_<k>": the best of that one, or its last without validation;
-        "last": the newest weights of the last stage, whatever their validation Dice.
+      stage: "baseline", "joint" or "round_<k>": the best of that one, or its last without
+        validation; "last": the newest weights of the last stage, whatever their validation Dice.
 
     Raises:
       ModelError: no run, no such stage, none of its checkpoints has been validated, or one that
@@ -92,19 +93,23 @@ def load_run(workdir: Path, stage: str | None = None) -> TrainedModel:
             f"{workdir}: found neither config.json nor model.json; wanted the --workdir of a run, "
             "or a folder that lclseg.export wrote"
         )
+    if "method" not in content:
+        raise ModelError(
+            f"{workdir}/config.json has no method: it is of a run of an earlier lclseg; export the "
+            "model with the version that results.json names, and give the exported folder"
+        )
     config = ConfigDict(content)
     stage, step, dice = _find_checkpoint(workdir, stage)
     how = _preprocessing(workdir, config)
-    architecture = {
-        "filters": list(config.model.filters),
-        "embedding_dim": config.model.embedding_dim,
-        "dtype": config.model.dtype,
-    }
+    architecture = {"filters": list(config.model.filters), "dtype": config.model.dtype}
+    method = method_of(config, len(how.class_names) + 1)
     like = steps.create_train_state(
         jax.random.key(0),
-        unet(how, architecture),
-        make_optimizer(config.optimizer, 1),
+        unet(how, architecture).clone(heads=method.heads),
+        make_optimizer(config.optimizer, num_steps=1),  # which does not shape its state
         image_size=how.image_size,
+        networks=method.networks,
+        init_memory=method.init_memory,
     )
     folder = workdir / "checkpoints" / stage
     try:
@@ -116,6 +121,8 @@ def load_run(workdir: Path, stage: str | None = None) -> TrainedModel:
             f"{folder}: the checkpoint of step {step} is damaged, or of another version of lclseg "
             f"({type(error).__name__}: {reason})"
         ) from error
+    if method.networks > 1:
+        state = steps.first_network(state)
     return TrainedModel(
         source=workdir,
         preprocessing=how,
@@ -176,7 +183,7 @@ def _stages(workdir: Path) -> list[str]:
     """Names of the stages that have a folder of checkpoints, in the order of training."""
     names = {p.name for p in (workdir / "checkpoints").glob("*") if p.is_dir()}
     rounds = sorted(int(n[1]) for name in names if (n := re.fullmatch(r"round_(\d+)", name)))
-    return [s for s in ("baseline", *(f"round_{k}" for k in rounds)) if s in names]
+    return [s for s in ("baseline", "joint", *(f"round_{k}" for k in rounds)) if s in names]
 
 
 def _preprocessing(workdir: Path, config: ConfigDict) -> Preprocessing:
@@ -202,9 +209,9 @@ def _facts(workdir: Path, config: ConfigDict, stage: str, step: int, dice: float
     """Where a model comes from.
 
     Keys: "dataset", "description", "stage", "step", "validation_dice" (None: not validated),
-    "num_labeled", "split", "seed"; "num_volumes", {role: int}, and "versions", None before the
-    run's first test; "test", its means (see `metrics.summarize`, without volumes), None where this
-    checkpoint is not tested.
+    "num_labeled", "split", "seed", "method"; "num_volumes", {role: int}, and "versions", None
+    before the run's first test; "test", its means (see `metrics.summarize`, without volumes), None
+    where this checkpoint is not tested.
     """
     results = read_json(workdir / "results.json") or {}
     tested = results.get("results", {}).get(stage, {})
@@ -225,6 +232,7 @@ def _facts(workdir: Path, config: ConfigDict, stage: str, step: int, dice: float
         "num_labeled": config.data.num_labeled,
         "split": config.data.split,
         "seed": config.seed,
+        "method": config.method.name,
         "num_volumes": volumes and {role: len(ids) for role, ids in volumes.items()},
         "versions": results.get("versions"),
         "test": test,

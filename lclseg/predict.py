@@ -350,7 +350,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser("lclseg.predict", allow_abbrev=False, description=__doc__)
     add = parser.add_argument
     add("--workdir", action="append", type=Path, required=True, help="run or exported model")
-    add("--stage", help="baseline, round_1, ...: its best model; last: the newest weights")
+    add("--stage", help="baseline, joint, round_1, ...: its best model; last: the newest weights")
     add("--input", type=Path, required=True, help="NIfTI file, or folder of them")
     add("--output", type=Path, required=True, help="folder for NAME.nii.gz")
     add("--probabilities", action="store_true", help="write NAME_probabilities.nii.gz, too")

@@ -58,8 +58,8 @@ def tiny_run(tmp_path_factory):
     data.labeled, data.unlabeled = ("phantom_000",), ("phantom_001",)
     data.validation, data.test = ("phantom_002", "phantom_003"), ("phantom_004", "phantom_005")
     data.labeled_batch_size = 4
-    data.pairs.update(labeled_self=1, pseudo_self=1, labeled_pseudo=1, pseudo_pseudo=1)
-    data.view_min_classes = 1
+    config.method.pairs.update(labeled_self=1, pseudo_self=1, labeled_pseudo=1, pseudo_pseudo=1)
+    config.method.view_min_classes = 1
     data.eval_batch_size = 16
     config.model.filters = (4, 8)
     config.optimizer.update(ema_decay=0.0, learning_rate=0.01)

@@ -23,8 +23,8 @@ def get_config():
     data.unlabeled = ("phantom_010", "phantom_011", "phantom_012")
     data.test = ("phantom_044", "phantom_045")
     data.labeled_batch_size = 4
-    data.pairs.update(labeled_self=1, pseudo_self=1, labeled_pseudo=1, pseudo_pseudo=1)
-    data.view_min_classes = 1
+    config.method.pairs.update(labeled_self=1, pseudo_self=1, labeled_pseudo=1, pseudo_pseudo=1)
+    config.method.view_min_classes = 1
     config.model.filters = (4, 8)
     config.num_cpu_devices = 1
     config.rounds.update(baseline_steps=60, num_rounds=2, steps_per_round=40, eval_every=10)

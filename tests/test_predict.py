@@ -630,10 +630,10 @@ def test_mean_of_several_models(tiny_run):
     by_hand = []
     for m in (model, other):
         variables = {"params": m.state.ema_params, "batch_stats": m.state.batch_stats}
-        logits, _ = model_files.unet(m.preprocessing, m.architecture).apply(
+        outputs = model_files.unet(m.preprocessing, m.architecture).apply(
             variables, jnp.asarray(images), train=False
         )
-        by_hand.append(np.asarray(jax.nn.softmax(logits, axis=-1)))
+        by_hand.append(np.asarray(jax.nn.softmax(outputs["segmentation"], axis=-1)))
     assert np.abs(by_hand[0] - by_hand[1]).max() > 0.1
     mean = predict.mean_predictor([model, other])(images)
     np.testing.assert_allclose(mean, (by_hand[0] + by_hand[1]) / 2, atol=1e-5)

@@ -34,8 +34,8 @@ def tiny_config(data_dir):
     data.unlabeled = ("phantom_010", "phantom_011", "phantom_012")
     data.test = ("phantom_044", "phantom_045")
     data.labeled_batch_size = 4
-    data.pairs.update(labeled_self=1, pseudo_self=1, labeled_pseudo=1, pseudo_pseudo=1)
-    data.view_min_classes = 1
+    config.method.pairs.update(labeled_self=1, pseudo_self=1, labeled_pseudo=1, pseudo_pseudo=1)
+    config.method.view_min_classes = 1
     data.eval_batch_size = 16
     config.model.filters = (4, 8)
     config.rounds.update(baseline_steps=6, num_rounds=2, steps_per_round=4, eval_every=2)

@@ -63,7 +63,7 @@ class RecordedRun(NamedTuple):
         """Steps before each stage that the run has begun, counted over the whole run."""
         rounds = self.config["rounds"]
         begun = {*self.stages, *(line["stage"] for line in self.lines)}
-        steps = {"baseline": 0} | {
+        steps = {"baseline": 0, "joint": rounds["baseline_steps"]} | {
             f"round_{k}": rounds["baseline_steps"] + (k - 1) * rounds["steps_per_round"]
             for k in range(1, rounds["num_rounds"] + 1)
         }
