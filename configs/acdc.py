@@ -2,9 +2,11 @@
 
   python -m lclseg.main --config=configs/acdc.py --config.data.manual_dir=ACDC/training
 
+Expected: no run of this schedule has been made yet. Made for a GPU: 20 000 steps.
+
 arXiv:2112.09645, experiments on ACDC. Another split: --config.data.num_labeled=8
 --config.data.split=c3; "all" is the upper bound, for which --config.rounds.num_rounds=0 leaves the
-supervised run. The schedule is the paper's, 5000 + 3 x 5000 steps: made for a GPU.
+supervised run. The schedule is the paper's, 5000 + 3 x 5000 steps.
 """
 
 import runpy

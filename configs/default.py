@@ -90,6 +90,9 @@ def get_config(method: str = "local_contrastive") -> ConfigDict:
     rounds.num_rounds = 3
     rounds.steps_per_round = 5000
     rounds.baseline_from = ""  # workdir of a run whose finished baseline this run takes over
+    # Workdir of a run whose best weights the baseline starts from; own data keep its roles, and new
+    # masks are learnt from.
+    rounds.start_from = ""
     # Within a round, pseudo-labels are made anew every so many steps; 0: once a round.
     rounds.refresh_every = 0
     rounds.eval_every = 50  # steps between validations

@@ -2,11 +2,12 @@
 
   python -m lclseg.main --config=configs/mmwhs.py --config.data.manual_dir=mr_train
 
+Expected: no run of this schedule has been made yet. Made for a GPU: 20 000 steps.
+
 arXiv:2112.09645, experiments on MM-WHS: 1, 2 or 8 labelled volumes. Another split:
 --config.data.num_labeled=2 --config.data.split=c3. Eight labelled volumes and a validation pair are
 the whole pool: that leaves nothing unlabelled, so "8" runs with --config.rounds.num_rounds=0 only
-and is the upper bound "all" as well. The schedule is the paper's, 5000 + 3 x 5000 steps: made for a
-GPU.
+and is the upper bound "all" as well. The schedule is the paper's, 5000 + 3 x 5000 steps.
 """
 
 import runpy

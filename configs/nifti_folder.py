@@ -3,6 +3,8 @@
   python -m lclseg.main --config=configs/nifti_folder.py --config.data.manual_dir=MYDATA \
     --workdir=runs/mine
 
+Expected: some minutes on two CPU cores; the score depends on the data, see report.html.
+
 MYDATA holds images/ and labels/ with equal names, or imagesTr/, labelsTr/, imagesTs/ and
 dataset.json (nnU-Net, Medical Segmentation Decathlon). What is left open here (0, -1, ()) is
 proposed from the data and printed before the run. The schedule, 300 + 2 x 150 steps, is for a first
@@ -28,6 +30,7 @@ def get_config(method: str = "local_contrastive") -> ConfigDict:
     data.label_values = ()  # in the masks, of the classes 1, 2, ...; (): all but 0
     data.class_names = ()  # (): from dataset.json, or class_<value>
     data.folder_digest = ""  # filled in: names, sizes and times of the files
+    data.with_mask = ()  # filled in: cases that have one, so that a later run knows the new ones
     # Cases with a mask to learn from; "all": but for validation and test. The lists of cases are
     # drawn by draw_seed, not by seed, so that runs of several seeds share their test volumes.
     data.num_labeled = "2"

@@ -2,11 +2,13 @@
 
   python -m lclseg.main --config=configs/prostate.py
 
+Expected: no run of this schedule has been made yet. Made for a GPU: 20 000 steps.
+
 arXiv:2112.09645, experiments on the prostate: 1, 2 or 8 labelled volumes. Another split:
 --config.data.num_labeled=8 --config.data.split=c3; num_labeled "all" is the upper bound, for which
 --config.rounds.num_rounds=0 leaves the supervised run. The first run downloads the public archive,
 unless --config.data.manual_dir=Task05_Prostate names a copy of it. The schedule is the paper's,
-5000 + 3 x 5000 steps: made for a GPU.
+5000 + 3 x 5000 steps.
 """
 
 import runpy

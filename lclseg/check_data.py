@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from lclseg.data import nifti
 from lclseg.data.layouts import Files, find_files
+from lclseg.errors import in_words
 
 _INPUT = flags.DEFINE_string("input", None, "Folder of NIfTI files.")
 _NUM_CLASSES = flags.DEFINE_integer(
@@ -89,4 +90,5 @@ def main(argv):
 
 if __name__ == "__main__":
     flags.mark_flag_as_required("input")
-    app.run(main)
+    with in_words():
+        app.run(main)

@@ -9,7 +9,6 @@ import argparse
 import functools
 import json
 import math
-import sys
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,12 +22,12 @@ from numpy.lib import format as npy
 from lclseg import model_files
 from lclseg.data import preprocess
 from lclseg.data.preprocess import Preprocessing, is_whole
+from lclseg.errors import in_words
 from lclseg.model_files import ModelError, TrainedModel
 from lclseg.models import ProjectionHead
 from lclseg.page import tables
 from lclseg.run import devices
 from lclseg.run.config_checks import CHOICES
-from lclseg.run.setup import USER_ERRORS
 from lclseg.run.workdir import write_json
 
 MODEL_FILE, PARAMETERS_FILE, CARD_FILE = "model.json", "parameters.npz", "README.md"
@@ -301,6 +300,7 @@ they were learnt from. Look at the terms before you pass this folder on.
 """
 
 
+@in_words()
 def main(argv: Sequence[str] | None = None) -> None:
     # Not absl's flags: those of all modules of a process share their names.
     parser = argparse.ArgumentParser("lclseg.export", allow_abbrev=False, description=__doc__)
@@ -313,13 +313,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     devices.set_up_jax(1)
     output = options.output.expanduser()
     workdir = options.workdir.expanduser().absolute()
-    try:
-        if (workdir / MODEL_FILE).exists():
-            raise ModelError(f"{workdir} is an exported model already; copy the folder")
-        model = model_files.load_run(workdir, options.stage)
-        write_model(model, output)
-    except (*USER_ERRORS, ModelError, OSError) as error:
-        sys.exit(f"lclseg: {error}")
+    if (workdir / MODEL_FILE).exists():
+        raise ModelError(f"{workdir} is an exported model already; copy the folder")
+    model = model_files.load_run(workdir, options.stage)
+    write_model(model, output)
     facts = model.facts
     print(
         f"{facts['stage']}, step {facts['step']}, validation Dice "

@@ -10,12 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from lclseg import evaluation
-from lclseg.components import largest_component
 from lclseg.crf import dense_crf
-from lclseg.losses import IGNORE
-from lclseg.pseudo_labels import PseudoLabels, count_classes
+from lclseg.pseudo_labels import PseudoLabels, count_classes, label_of
 from lclseg.run import multihost
 from lclseg.run.setup import Run, Stage, predictor
 
@@ -54,6 +53,13 @@ class StoredLabels:
                 path.unlink()
 
 
+def refinement(config: ConfigDict) -> Callable:
+    """(slices, probabilities) -> those that the CRF of the config makes of them."""
+    if config.crf.num_steps:
+        return functools.partial(dense_crf, **config.crf)
+    return lambda images, probs: probs
+
+
 def predict_pool(run: Run, replicated, pseudo_labels: PseudoLabels) -> np.ndarray:
     """Labels [n, H, W] uint8 of the pool's slices by a state, a copy per device.
 
@@ -61,17 +67,21 @@ def predict_pool(run: Run, replicated, pseudo_labels: PseudoLabels) -> np.ndarra
     as the config has it.
     """
     options, ids = run.config.pseudo_labels, pseudo_labels.report["volume_ids"]
-    refine = functools.partial(dense_crf, **run.config.crf) if run.config.crf.num_steps else None
-    predict = predictor(run, replicated, refine=refine)
-    found = []
-    for prediction in evaluation.predict_volumes(
-        predict, run.prepared, ids, batch_size=run.config.data.eval_batch_size
-    ):
-        label = prediction.probs.argmax(axis=-1).astype(np.uint8)
-        if options.largest_component:
-            label = largest_component(label, num_classes=run.prepared.num_classes)
-        label[prediction.probs.max(axis=-1) < options.min_confidence] = IGNORE
-        found.append(label)
+    predictions = evaluation.predict_volumes(
+        predictor(run, replicated, refine=refinement(run.config)),
+        run.prepared,
+        sorted(ids, key=lambda v: run.prepared.volumes[v].first_slice),
+        batch_size=run.config.data.eval_batch_size,
+    )
+    found = [
+        label_of(
+            prediction.probs,
+            run.prepared.num_classes,
+            min_confidence=options.min_confidence,
+            keep_largest=options.largest_component,
+        )
+        for prediction in predictions
+    ]
     return np.concatenate(found)
 
 

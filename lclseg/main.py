@@ -4,11 +4,12 @@ Trains and tests. configs/default.py lists every group.field with its meaning; a
 before any work.
 """
 
-import sys
 from pathlib import Path
 
 from absl import app, flags
 from ml_collections import config_flags
+
+from lclseg.errors import UserError, in_words
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, e.g. configs/phantom.py.")
 _WORKDIR = flags.DEFINE_string(
@@ -30,9 +31,13 @@ def main(argv):
     data = config.data
     default = f"runs/{data.name}/{data.num_labeled}_{data.split}_seed{config.seed}"
     if "://" in (_WORKDIR.value or ""):
-        sys.exit(f"lclseg: --workdir is {_WORKDIR.value}; wanted a folder: mount the storage first")
+        raise UserError(f"--workdir is {_WORKDIR.value}; wanted a folder: mount the storage first")
     workdir = Path(_WORKDIR.value or default).expanduser().absolute()
-    with multihost.ending_together():
+    with (
+        multihost.ending_together(),
+        in_words(),
+        stopping.ending_on_disk_errors(workdir),
+    ):
         try:
             setup.set_up_process(config)
             if _PREPARE_ONLY.value:
@@ -46,14 +51,11 @@ def main(argv):
         except stopping.Interrupted as stop:
             print(f"lclseg: {stop}; the same command goes on from there")
             return
-        except setup.USER_ERRORS as error:
-            sys.exit(f"lclseg: {error}")
-        except OSError as error:
-            multihost.end(f"lclseg: {stopping.disk_message(error, workdir)}")
     if multihost.is_first():
         print(f"\n{report.table(results)}\n\n{workdir}/report.html")
 
 
 if __name__ == "__main__":
     flags.mark_flag_as_required("config")
-    app.run(main)
+    with in_words():
+        app.run(main)

@@ -123,6 +123,16 @@ def class_metrics(
     return ClassMetrics(overlap, _hausdorff95(*distances), _assd(*distances), excluded, missed)
 
 
+def mean_foreground_dice(label: np.ndarray, other: np.ndarray, num_classes: int) -> float | None:
+    """Mean Dice of two label maps of one shape over the foreground classes that either shows.
+
+    None where that is no class at all: then there is nothing to compare, and what that means (as
+    good as it can be, or nothing to trust) is for the caller to say.
+    """
+    scores = [dice(label == k, other == k) for k in range(1, num_classes)]
+    return _mean(_none_if_nan(score) for score in scores)
+
+
 def volume_metrics(
     prediction: np.ndarray,
     truth: np.ndarray,

@@ -13,17 +13,18 @@ from lclseg import steps
 from lclseg.data import preprocess
 from lclseg.data.dataset import open_builder, preprocessing_of
 from lclseg.data.preprocess import Preprocessing
+from lclseg.errors import UserError
 from lclseg.methods.base import method_of
 from lclseg.models import UNet
 from lclseg.run import checkpoint
 from lclseg.run.setup import make_optimizer
-from lclseg.run.workdir import read_json
+from lclseg.run.workdir import chosen_stage, read_json
 
 LAST = "last"  # in place of a stage's name: the newest weights of the last one
 PARTS = ("unet_trunk", "segmentation_head")  # of the network; a prediction needs no other
 
 
-class ModelError(ValueError):
+class ModelError(UserError):
     """A model that cannot be loaded or used; the message names it, found, wanted and way out."""
 
 
@@ -143,18 +144,19 @@ def _find_checkpoint(workdir: Path, stage: str | None) -> tuple[str, int, float 
     roles = read_json(workdir / "splits.json") or {}
     if stage == LAST or roles.get("validation") == []:
         return _newest_checkpoint(workdir, stage, stages)
-    found = []
+    found = {}
     for name in [stage] if stage else stages:
         with checkpoint.open_stage(workdir / "checkpoints" / name, read_only=True) as manager:
             step, dice = checkpoint.best(manager)
         if dice > checkpoint.UNVALIDATED:
-            found.append((name, step, dice))
+            found[name] = step, dice
     if not found:
         raise ModelError(
             f"{workdir}: no validated checkpoint of {stage or 'any stage'} in it yet; wanted one "
             "at least: let the run reach its first validation (rounds.eval_every)"
         )
-    return max(found, key=lambda f: f[2])  # of equals the earliest stage, as the run chooses
+    name = chosen_stage({name: {"best_validation_dice": dice} for name, (_, dice) in found.items()})
+    return name, *found[name]
 
 
 def _newest_checkpoint(

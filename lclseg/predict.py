@@ -8,7 +8,6 @@ lie on the input, in the label values of the data set.
 import argparse
 import collections
 import os
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,13 +21,12 @@ from lclseg.data import grid, nifti, preprocess
 from lclseg.data.layouts import SUFFIXES, Files, is_label, niftis, stem
 from lclseg.data.nifti import VolumeError
 from lclseg.data.preprocess import Preprocessing
+from lclseg.errors import in_words
 from lclseg.model_files import ModelError, TrainedModel
 from lclseg.page import tables
 from lclseg.run import devices, progress
-from lclseg.run.setup import USER_ERRORS as RUN_ERRORS
 from lclseg.run.workdir import write_json
 
-USER_ERRORS = (*RUN_ERRORS, ModelError, OSError)
 # Where a label of NAME may be: the ways of ACDC, nnU-Net and MM-WHS among them.
 LABEL_NAMES: tuple[Callable[[str], str], ...] = (
     lambda name: name,
@@ -346,6 +344,7 @@ def predict_files(
     return summary
 
 
+@in_words()
 def main(argv: Sequence[str] | None = None) -> None:
     # Not absl's flags: those of all modules of a process share their names.
     parser = argparse.ArgumentParser("lclseg.predict", allow_abbrev=False, description=__doc__)
@@ -358,17 +357,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--labels", type=Path, help="folder of labels: Dice, HD95 and ASSD are computed")
     options = parser.parse_args(argv)
     devices.set_up_jax(usable_cores())
-    try:
-        summary = predict_files(
-            [p.expanduser().absolute() for p in options.workdir],
-            options.input.expanduser(),
-            options.output.expanduser(),
-            with_probabilities=options.probabilities,
-            labels=options.labels and options.labels.expanduser(),
-            stage=options.stage,
-        )
-    except USER_ERRORS as error:
-        sys.exit(f"lclseg: {error}")
+    summary = predict_files(
+        [p.expanduser().absolute() for p in options.workdir],
+        options.input.expanduser(),
+        options.output.expanduser(),
+        with_probabilities=options.probabilities,
+        labels=options.labels and options.labels.expanduser(),
+        stage=options.stage,
+    )
     if summary is not None:
         print(table(summary))
     print(options.output)

@@ -6,14 +6,17 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from lclseg import evaluation, metrics
+from lclseg.components import largest_component
 from lclseg.data import nifti
 from lclseg.data.dataset import PreparedSet
+from lclseg.errors import UserError
 from lclseg.losses import IGNORE
 from lclseg.run import progress
 
@@ -22,8 +25,13 @@ logger = logging.getLogger("lclseg")
 # labelled ones do.
 SUSPICIOUS_FACTOR = 4
 
+# Maps slices [M, H, W] to class probabilities [M, 2, H, W, C], for any M: the network's, which tell
+# how sure it is, and the refined ones, whose most probable class is the label. Refining saturates
+# (a dense CRF takes 0.4 to 0.999), so that refined ones tell nothing about certainty.
+PredictRefined = Callable[[np.ndarray], np.ndarray]
 
-class PseudoLabelError(ValueError):
+
+class PseudoLabelError(UserError):
     """No pseudo-labels to train on; the message tells why, and the way out."""
 
 
@@ -55,7 +63,7 @@ class PseudoLabels:
 
 
 def make_pseudo_labels(
-    predict: evaluation.Predict,
+    predict: PredictRefined,
     prepared: PreparedSet,
     volume_ids: Sequence[str],
     folder: Path,
@@ -66,6 +74,7 @@ def make_pseudo_labels(
     agreements: Mapping[str, float] | None = None,
     min_agreement: float = 0.0,
     min_confidence: float = 0.0,
+    keep_largest: bool = False,
     made_by: dict | None = None,
 ) -> PseudoLabels:
     """Predicts the pool and writes a new set of pseudo-labels into `folder`.
@@ -74,16 +83,18 @@ def make_pseudo_labels(
     to learn from: the pseudo-labels of the round before are kept, and the report says so.
 
     Args:
-      predict: slices -> class probabilities.
+      predict: slices -> the network's and refined class probabilities.
       prepared: the data set.
       volume_ids: the unlabelled volumes.
       folder: of this round; report.json is written last and marks it complete.
       batch_size: slices per call of `predict`.
       previous: pseudo-labels of the round before.
       labeled_ids: volumes whose ground truth tells how large the classes are, for the warnings.
-      agreements: of the volumes, see `consistency.agreement`; None: no gate.
+      agreements: of the volumes, see `quality_gate.agreement`; None: no gate.
       min_agreement: a volume passes the gate if its agreement is above this.
-      min_confidence: pixels whose most probable class has a lower probability become `IGNORE`.
+      min_confidence: pixels become `IGNORE` where the network's most probable class, before
+        refinement, has a lower probability.
+      keep_largest: of each class and volume the largest component stays, the rest goes.
       made_by: names the state that `predict` belongs to, for the report.
 
     Raises:
@@ -93,81 +104,171 @@ def make_pseudo_labels(
     ids = sorted(volume_ids, key=lambda v: prepared.volumes[v].first_slice)
     gate = None
     if agreements is not None:
-        rejected = [v for v in ids if not agreements[v] > min_agreement]
-        gate = {
-            "min_agreement": min_agreement,
-            "agreement": {v: agreements[v] for v in ids},
-            "rejected": rejected,
-        }
-        if rejected == ids:
+        ids, gate = _pass_gate(ids, agreements, min_agreement)
+        if not ids:
             best = max(agreements.values())
             reason = f"no volume's agreement is above {min_agreement} (the best has {best:.3f})"
             return _keep_previous(previous, folder, prepared, reason, gate, made_by)
-        ids = [v for v in ids if v not in rejected]
-
-    records = _records(prepared, ids)
-    folder.mkdir(parents=True, exist_ok=True)
-    # A report of earlier labels must not stand beside half-written ones.
-    (folder / "report.json").unlink(missing_ok=True)
-    size = prepared.image_size
-    labels = np.lib.format.open_memmap(
-        folder / "labels.npy", mode="w+", dtype=np.uint8, shape=(len(records), size, size)
-    )
-    _reserve(folder / "labels.npy")
-    confidence, ignored, agreement, true_metrics, empty = [], [], [], {}, []
+    labels = _create_labels(folder, len(_records(prepared, ids)), prepared.image_size)
     predictions = evaluation.predict_volumes(predict, prepared, ids, batch_size=batch_size)
-    row = 0
+    told, row = {}, 0
     for prediction in progress.each(predictions, "pseudo-labels", len(ids), leave=False):
-        volume_id, probs = prediction.volume_id, prediction.probs
-        label, certainty = probs.argmax(axis=-1).astype(np.uint8), probs.max(axis=-1)
-        label[certainty < min_confidence] = IGNORE
-        ignored.append(float(np.mean(label == IGNORE)))
-        rows = slice(row, row + len(label))
-        labels[rows] = label
-        row += len(label)
-        confidence.append(float(certainty.mean()))
-        if not np.any((label > 0) & (label != IGNORE)):
-            empty.append(volume_id)
-        if previous is not None and volume_id in previous.report["volume_ids"]:
-            before = previous.read(records[rows])
-            agreement.append(mean_foreground_dice(label, before, prepared.num_classes))
-        native = prepared.read_native(volume_id)
-        native_label = evaluation.to_native_label(prepared, volume_id, probs)
-        path = folder / f"{volume_id}.nii.gz"
-        nifti.write_label(
-            path, native_label, native.affine, native.spacing_mm, slice_axis=prepared.slice_axis
+        label, about = _write_volume(
+            prediction, prepared, folder, previous, min_confidence, keep_largest
         )
-        if native.label is not None:  # hidden from training; tells how good the pseudo-labels are
-            true_metrics[volume_id] = metrics.volume_metrics(
-                native_label,
-                native.label,
-                native.spacing_mm,
-                class_names=prepared.class_names,
-                with_distances=False,
-            )
+        labels[row : row + len(label)] = label
+        row += len(label)
+        told[prediction.volume_id] = about
     labels.flush()
     voxels = _mean_voxels(count_classes(labels, prepared.num_classes), len(ids), prepared)
     vanished = [name for name, count in voxels.items() if count == 0]
     if vanished and previous is not None:
         reason = f"no volume shows {', '.join(vanished)} any more"
         return _keep_previous(previous, folder, prepared, reason, gate, made_by)
+    report = {"made_by": made_by, "gate": gate, **_report(told, voxels, prepared, labeled_ids)}
+    return _finish(folder, prepared, report)
+
+
+def _pass_gate(
+    ids: Sequence[str], agreements: Mapping[str, float], min_agreement: float
+) -> tuple[list[str], dict]:
+    """The volumes that pass, and what the report says on the gate."""
+    passed = [v for v in ids if agreements[v] > min_agreement]
+    return passed, {
+        "min_agreement": min_agreement,
+        "agreement": {v: agreements[v] for v in ids},
+        "rejected": [v for v in ids if v not in passed],
+    }
+
+
+def _reserve(path: Path) -> None:
+    """Gives the whole of a sparse file its place on disk; raises OSError where that is full.
+
+    A mapped page that finds the disk full would kill the process.
+    """
+    with path.open("r+b") as file:
+        number, size = file.fileno(), path.stat().st_size
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(number, 0, size)
+            return
+        for start in range(0, size, 2**20):  # macOS: what is read, zeros too, is written
+            os.pwrite(number, os.pread(number, 2**20, start), start)
+
+
+def label_of(
+    probs: np.ndarray, num_classes: int, *, min_confidence: float, keep_largest: bool
+) -> np.ndarray:
+    """The pseudo-label [S, H, W] uint8 of a volume, from probabilities [S, 2, H, W, C].
+
+    The most probable class of the refined ones, the largest component of each class if
+    `keep_largest`; `IGNORE` where the network's own probability is below `min_confidence`.
+    """
+    label = probs[:, 1].argmax(axis=-1).astype(np.uint8)
+    if keep_largest:
+        label = largest_component(label, num_classes)
+    label[probs[:, 0].max(axis=-1) < min_confidence] = IGNORE
+    return label
+
+
+def _create_labels(folder: Path, num_slices: int, size: int) -> np.memmap:
+    """labels.npy, [num_slices, size, size] uint8, to write to; raises OSError on a full disk."""
+    folder.mkdir(parents=True, exist_ok=True)
+    # A report of earlier labels must not stand beside half-written ones.
+    (folder / "report.json").unlink(missing_ok=True)
+    labels = np.lib.format.open_memmap(
+        folder / "labels.npy", mode="w+", dtype=np.uint8, shape=(num_slices, size, size)
+    )
+    _reserve(folder / "labels.npy")
+    return labels
+
+
+class _About(NamedTuple):
+    """What the report needs to know of a volume's pseudo-label.
+
+    Attributes:
+      confidence: mean over the pixels of the network's largest probability.
+      ignored: share of `IGNORE`.
+      is_empty: no pixel is of a foreground class.
+      dice_with_previous: with the round before; None where that did not have the volume, or neither
+        shows any class.
+      true_metrics: see `metrics.volume_metrics`; None without ground truth.
+    """
+
+    confidence: float
+    ignored: float
+    is_empty: bool
+    dice_with_previous: float | None
+    true_metrics: dict | None
+
+
+def _write_volume(
+    prediction: evaluation.VolumePrediction,
+    prepared: PreparedSet,
+    folder: Path,
+    previous: PseudoLabels | None,
+    min_confidence: float,
+    keep_largest: bool,
+) -> tuple[np.ndarray, _About]:
+    """The label [S, H, W] of a volume and what there is to tell; writes it as NIfTI."""
+    volume_id = prediction.volume_id
+    network, refined = prediction.probs[:, 0], prediction.probs[:, 1]
+    classes, confidence = prepared.num_classes, network.max(axis=-1)
+    label = label_of(
+        prediction.probs, classes, min_confidence=min_confidence, keep_largest=keep_largest
+    )
+    native = prepared.read_native(volume_id)
+    native_label = evaluation.to_native_label(prepared, volume_id, refined)
+    if keep_largest:
+        native_label = largest_component(native_label, classes)
+    path = folder / f"{volume_id}.nii.gz"
+    nifti.write_label(
+        path, native_label, native.affine, native.spacing_mm, slice_axis=prepared.slice_axis
+    )
+    dice_with_previous = true_metrics = None
+    if previous is not None and volume_id in previous.report["volume_ids"]:
+        before = previous.read(np.asarray(prepared.volumes[volume_id].slices))
+        dice_with_previous = metrics.mean_foreground_dice(label, before, prepared.num_classes)
+    if native.label is not None:  # hidden from training; tells how good the pseudo-labels are
+        true_metrics = metrics.volume_metrics(
+            native_label,
+            native.label,
+            native.spacing_mm,
+            class_names=prepared.class_names,
+            with_distances=False,
+        )
+    return label, _About(
+        confidence=float(confidence.mean()),
+        ignored=float(np.mean(label == IGNORE)),
+        is_empty=not np.any((label > 0) & (label != IGNORE)),
+        dice_with_previous=dice_with_previous,
+        true_metrics=true_metrics,
+    )
+
+
+def _report(
+    told: Mapping[str, _About],
+    voxels: Mapping[str, float],
+    prepared: PreparedSet,
+    labeled_ids: Sequence[str],
+) -> dict:
+    """Statistics of a round's new pseudo-labels, from those of its volumes."""
+    dices = [a.dice_with_previous for a in told.values() if a.dice_with_previous is not None]
+    true_metrics = {v: a.true_metrics for v, a in told.items() if a.true_metrics is not None}
     summary = metrics.summarize(true_metrics, class_names=prepared.class_names)
-    report = {
-        "made_by": made_by,
-        "volume_ids": ids,
-        "num_volumes": len(ids),
-        "gate": gate,
+    empty = [v for v, a in told.items() if a.is_empty]
+    return {
+        "volume_ids": list(told),
+        "num_volumes": len(told),
         "kept_previous": None,
         "mean_voxels_per_class": voxels,
         "empty_volumes": empty,
-        "mean_confidence": float(np.mean(confidence)),
-        "ignored_fraction": float(np.mean(ignored)),
-        "dice_with_previous_round": float(np.nanmean(agreement)) if agreement else None,
+        "mean_confidence": float(np.mean([a.confidence for a in told.values()])),
+        "ignored_fraction": float(np.mean([a.ignored for a in told.values()])),
+        "dice_with_previous_round": float(np.mean(dices)) if dices else None,
         "true_mean_dice": summary["mean_dice"],
         "true_dice_per_class": summary["dice_per_class"],
-        "warnings": _warnings(voxels, empty, len(ids), prepared, labeled_ids),
+        "warnings": _warnings(voxels, empty, len(told), prepared, labeled_ids),
     }
-    return _finish(folder, prepared, report)
 
 
 def load_pseudo_labels(folder: Path, prepared: PreparedSet) -> PseudoLabels:
@@ -191,20 +292,6 @@ def load_pseudo_labels(folder: Path, prepared: PreparedSet) -> PseudoLabels:
         class_pixels=count_classes(labels, prepared.num_classes),
         report=report,
     )
-
-
-def _reserve(path: Path) -> None:
-    """Gives the whole of a sparse file its place on disk; raises OSError where that is full.
-
-    A mapped page that finds the disk full would kill the process.
-    """
-    with path.open("r+b") as file:
-        number, size = file.fileno(), path.stat().st_size
-        if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(number, 0, size)
-            return
-        for start in range(0, size, 2**20):  # macOS: what is read, zeros too, is written
-            os.pwrite(number, os.pread(number, 2**20, start), start)
 
 
 def _finish(folder: Path, prepared: PreparedSet, report: dict) -> PseudoLabels:
@@ -289,9 +376,3 @@ def count_classes(labels: np.ndarray, num_classes: int) -> np.ndarray:
     """Pixels of each class per slice, [n, C], of labels [n, H, W]."""
     counts = [np.bincount(s.ravel(), minlength=num_classes)[:num_classes] for s in labels]
     return np.stack(counts)
-
-
-def mean_foreground_dice(label: np.ndarray, other: np.ndarray, num_classes: int) -> float:
-    """Mean Dice of two labellings over the classes that either shows; 1.0 where there is none."""
-    scores = [metrics.dice(label == k, other == k) for k in range(1, num_classes)]
-    return float(np.nanmean(scores)) if not np.isnan(scores).all() else 1.0

@@ -81,5 +81,5 @@ def agreement(
         back = [move_slices(probs[..., k], np.linalg.inv(matrix)) for k in range(probs.shape[-1])]
         # What left the slice is zero in every class: argmax makes it background.
         labels.append(np.argmax(back, axis=0))
-    scores = [metrics.dice(*(label == k for label in labels)) for k in range(1, probs.shape[-1])]
-    return 0.0 if np.isnan(scores).all() else float(np.nanmean(scores))
+    first, second = labels
+    return metrics.mean_foreground_dice(first, second, probs.shape[-1]) or 0.0

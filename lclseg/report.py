@@ -7,15 +7,15 @@ curves, Dice of each test volume, pictures of predictions and pseudo-labels, con
 
 import argparse
 import logging
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import absl.logging
 
 from lclseg.data.dataset import PreparedSet
+from lclseg.errors import in_words
 from lclseg.page import tables
-from lclseg.page.recorded import RunError, find_prepared, names_of, read_run
+from lclseg.page.recorded import find_prepared, names_of, read_run
 from lclseg.run.workdir import write_text
 
 logger = logging.getLogger("lclseg")
@@ -93,6 +93,7 @@ def write_own_page(workdir: Path, prepared: PreparedSet | None) -> None:
         )
 
 
+@in_words()
 def main(arguments: Sequence[str] | None = None) -> None:
     description = __doc__.partition("\n\n")[2]
     parser = argparse.ArgumentParser("python -m lclseg.report", description=description)
@@ -104,10 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     absl.logging.set_verbosity(absl.logging.ERROR)  # TFDS tells of every grid that it opens
     runs = list(dict.fromkeys(run.expanduser().absolute() for run in options.runs))
     output = options.output or (runs[0] if len(runs) == 1 else Path()) / "report.html"
-    try:
-        write_page(runs, output.expanduser())
-    except RunError as error:
-        sys.exit(f"lclseg: {error}")
+    write_page(runs, output.expanduser())
     print(output)
 
 

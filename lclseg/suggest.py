@@ -6,6 +6,9 @@ from. Correct these in ITK-SNAP or 3D Slicer, put them beside your other masks, 
 --config.rounds.start_from=RUN.
 """
 
+import argparse
+import csv
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -13,15 +16,18 @@ from typing import NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from lclseg import evaluation, next_volume, predict
+from lclseg import evaluation, model_files, next_volume, predict
+from lclseg.cores import usable_cores
 from lclseg.data import nifti, own_data
 from lclseg.data.dataset import PreparedSet
 from lclseg.data.layouts import Files
-from lclseg.model_files import ModelError, TrainedModel
-from lclseg.page.recorded import RunError
-from lclseg.run.setup import USER_ERRORS as RUN_ERRORS
+from lclseg.errors import in_words
+from lclseg.model_files import TrainedModel
+from lclseg.page import tables
+from lclseg.page.recorded import RunError, find_prepared
+from lclseg.run import devices, progress
+from lclseg.run.workdir import read_json, write_json, write_text
 
-USER_ERRORS = (*RUN_ERRORS, ModelError, RunError, OSError)
 DRAWS = 4  # pairs of augmented predictions of a volume
 
 
@@ -129,9 +135,8 @@ def write_masks(
     """
     cases = [files[v] for v in volume_ids if v in files]
     outputs = predict.plan_outputs(cases, folder, with_probabilities=False, with_metrics=False)
-    predict.segment(
-        network, model.preprocessing, cases, outputs, batch_size=model.batch_size
-    ) if cases else None
+    if cases:
+        predict.segment(network, model.preprocessing, cases, outputs, batch_size=model.batch_size)
     for volume_id in volume_ids:
         if volume_id in files:
             continue
@@ -145,3 +150,99 @@ def write_masks(
             native.spacing_mm,
             slice_axis=prepared.slice_axis,
         )
+
+
+def suggest(
+    workdir: Path, output: Path, *, stage: str | None = None, count: int = 3, draws: int = DRAWS
+) -> list[Suggestion]:
+    """The whole command: looks at the pool, ranks it, writes table, page and masks.
+
+    Args:
+      workdir: of a run, finished or under way, with its prepared data set on this machine.
+      output: folder that is not there yet, or is empty.
+      stage: see `model_files.load_run`.
+      count: volumes to suggest.
+      draws: see `next_volume.expected_dice`.
+
+    Returns:
+      The volumes of the pool, the suggested ones first.
+
+    Raises:
+      ModelError, RunError: no run, no prepared set, no pool; the folder holds something.
+    """
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise RunError(
+            f"{output} exists and is not an empty folder; corrected masks may lie there: choose "
+            "another --output"
+        )
+    model = model_files.load_run(workdir, stage)
+    config = read_json(workdir / "config.json") or {}
+    roles = read_json(workdir / "splits.json") or {}
+    if not roles.get("unlabeled"):
+        raise RunError(f"{workdir}: the run has no unlabelled volumes; there is none to suggest")
+    prepared, why = find_prepared(config)
+    if prepared is None:
+        raise RunError(f"{why}; wanted it here: copy it, or train where it is")
+    network = predict.mean_predictor([model])
+
+    def looked_at(ids: Sequence[str], what: str, draws: int) -> dict[str, Looked]:
+        seen = progress.each(ids, what, len(ids), leave=False, say=progress.to_stderr)
+        return {v: look(network, prepared, v, draws=draws) for v in seen}
+
+    labelled = looked_at(roles["labeled"], "looking at labelled volumes", 0)
+    pool = looked_at(roles["unlabeled"], "looking at the pool", draws)
+    files = find_images(config)
+    images = {v: str(case.image) for v, case in files.items()}
+    suggestions = rank(pool, list(labelled.values()), count, images)
+    chosen = [s.volume_id for s in suggestions if s.rank is not None]
+    write_masks(network, model, prepared, chosen, files, output / "masks")
+    write_text(output / "suggestions.csv", as_csv(suggestions))
+    about = {"workdir": str(workdir), "stage": model.facts["stage"], "step": model.facts["step"]}
+    volumes = [s._asdict() for s in suggestions]
+    write_json(output / "suggestions.json", {"model": about, "volumes": volumes})
+    from lclseg.page import suggestions as page  # here: matplotlib is slow to load
+
+    html = page.page(config, about, prepared, network, suggestions)
+    write_text(output / "suggestions.html", html)
+    return suggestions
+
+
+def as_csv(suggestions: Sequence[Suggestion]) -> str:
+    """The table as CSV, with a line of names; None is an empty cell."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(Suggestion._fields)
+    for s in suggestions:
+        numbers = (f"{v:.4f}" if isinstance(v, float) else v for v in s)
+        writer.writerow(["" if v is None else v for v in numbers])
+    return text.getvalue()
+
+
+@in_words()
+def main(argv: Sequence[str] | None = None) -> None:
+    # Not absl's flags: those of all modules of a process share their names.
+    parser = argparse.ArgumentParser("lclseg.suggest", allow_abbrev=False, description=__doc__)
+    add = parser.add_argument
+    add("--workdir", type=Path, required=True, help="of the run")
+    add("--output", type=Path, help="new folder; default: suggestions/ in the workdir")
+    add("--stage", help="baseline, round_1, ...: its best model; last: the newest weights")
+    add("--count", type=int, default=3, help="volumes to suggest (3)")
+    add("--draws", type=int, default=DRAWS, help=f"pairs of augmented predictions ({DRAWS})")
+    options = parser.parse_args(argv)
+    for name in ("count", "draws"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name} is {getattr(options, name)}; wanted 1 or more")
+    devices.set_up_jax(usable_cores())
+    workdir = options.workdir.expanduser().absolute()
+    output = (options.output or workdir / "suggestions").expanduser()
+    suggestions = suggest(
+        workdir, output, stage=options.stage, count=options.count, draws=options.draws
+    )
+    rows = [["", "volume", "expected Dice", "gain"]]
+    for s in suggestions[: options.count]:
+        rows.append([str(s.rank), s.volume_id, f"{s.expected_dice:.3f}", f"{s.gain:.1%}"])
+    print(f"{tables.aligned(rows)}\n\n{output}/suggestions.html")
+
+
+if __name__ == "__main__":
+    main()

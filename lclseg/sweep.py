@@ -16,7 +16,6 @@ import json
 import logging
 import re
 import runpy
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -26,7 +25,8 @@ from absl import app, flags
 from ml_collections import ConfigDict
 from scipy import stats
 
-from lclseg.run.config_checks import JOINT_ONLY, differing_keys
+from lclseg.errors import UserError, in_words
+from lclseg.run.stored_config import JOINT_ONLY, as_now, differing_keys, to_store
 
 _SWEEP = flags.DEFINE_string("sweep", None, "Sweep file, e.g. configs/sweeps/hippocampus.py.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the runs; default runs/<sweep>.")
@@ -37,20 +37,12 @@ _DATA_DIR = flags.DEFINE_string("data_dir", "", "As --config.data.data_dir of lc
 _MANUAL_DIR = flags.DEFINE_string("manual_dir", "", "As --config.data.manual_dir of lclseg.main.")
 _TABLE_ONLY = flags.DEFINE_bool("table_only", False, "Train nothing, print the table.")
 
-# What differs from machine to machine, or is told by the volumes' ids, and is not part of a result.
-NOT_STORED = (
-    "num_cpu_devices",
-    "data.data_dir",
-    "data.manual_dir",
-    "data.splits",
-    "data.pool",
-    "data.test_patients",
-    "rounds.baseline_from",
-)
+# What differs from machine to machine, and is not part of a result.
+NOT_STORED = ("num_cpu_devices", "data.data_dir", "data.manual_dir", "rounds.baseline_from")
 logger = logging.getLogger("lclseg")
 
 
-class SweepError(ValueError):
+class SweepError(UserError):
     """A sweep and a results folder that do not fit together; the message tells the way out."""
 
 
@@ -108,9 +100,9 @@ def slug(row: str) -> str:
     return re.sub(r"[^a-z0-9.]+", "_", row.lower()).strip("_")
 
 
-def stored_config(config: ConfigDict) -> dict:
-    """The part of a config that a result depends on, as JSON has it."""
-    content = json.loads(config.to_json_best_effort())
+def of_result(stored: dict) -> dict:
+    """The part of a stored config that a result depends on."""
+    content = as_now(stored)
     for key in NOT_STORED:
         *groups, name = key.split(".")
         group = content
@@ -131,7 +123,9 @@ def read_results(folder: Path, sweep: Sweep) -> dict[tuple[str, str, int], dict]
         path = folder / experiment.path.with_suffix(".json")
         if path.exists():
             result = json.loads(path.read_text())
-            keys = differing_keys(result["config"], stored_config(experiment.config))
+            keys = differing_keys(
+                of_result(result["config"]), of_result(to_store(experiment.config))
+            )
             if keys:
                 raise SweepError(
                     f"{path} is of a run with other values of {', '.join(keys[:8])}; give the row "
@@ -210,9 +204,9 @@ def _interval(values: Sequence[float], sign: str = "") -> str:
 
 def find_baseline(config: ConfigDict, workdirs: Sequence[Path]) -> str:
     """The first of the workdirs with the same baseline, or "" if there is none."""
-    own = json.loads(config.to_json_best_effort())
+    own = to_store(config)
     for workdir in workdirs:
-        theirs = json.loads((workdir / "config.json").read_text())
+        theirs = as_now(json.loads((workdir / "config.json").read_text()))
         if all(k.startswith(JOINT_ONLY) for k in differing_keys(theirs, own)):
             return str(workdir)
     return ""
@@ -245,7 +239,7 @@ def run_missing(
                 begun["rounds"]["baseline_from"] if begun else find_baseline(config, finished)
             )
             result = train.train_and_evaluate(config, run_dir, stop_asked)
-            results[name] = {"config": stored_config(config), **result}
+            results[name] = {"config": of_result(to_store(config)), **result}
             path = folder / experiment.path.with_suffix(".json")
             path.parent.mkdir(parents=True, exist_ok=True)
             text = json.dumps(results[name], separators=(",", ":")) + "\n"
@@ -263,24 +257,22 @@ def main(argv):
     path = Path(_SWEEP.value)
     workdir = Path(_WORKDIR.value or f"runs/{path.stem}").expanduser().absolute()
     folder = Path(_RESULTS.value or f"results/{path.stem}").expanduser()
-    try:
-        sweep = load_sweep(path)
-        sweep.config.data.update(data_dir=_DATA_DIR.value, manual_dir=_MANUAL_DIR.value)
-        if not _TABLE_ONLY.value:
-            setup.set_up_process(sweep.config)
-            if multihost.several():
-                raise SweepError("a sweep runs in one process; start lclseg.main on a cluster")
-            with stopping.stop_on_signals() as stop_asked:
+    sweep = load_sweep(path)
+    sweep.config.data.update(data_dir=_DATA_DIR.value, manual_dir=_MANUAL_DIR.value)
+    if not _TABLE_ONLY.value:
+        setup.set_up_process(sweep.config)
+        if multihost.several():
+            raise SweepError("a sweep runs in one process; start lclseg.main on a cluster")
+        try:
+            with stopping.ending_on_disk_errors(workdir), stopping.stop_on_signals() as stop_asked:
                 run_missing(sweep, workdir, folder, stop_asked)
-        print(markdown(sweep, read_results(folder, sweep)))
-    except stopping.Interrupted as stop:
-        print(f"lclseg: {stop}; the same command goes on from there")
-    except (*setup.USER_ERRORS, SweepError) as error:
-        sys.exit(f"lclseg: {error}")
-    except OSError as error:
-        multihost.end(f"lclseg: {stopping.disk_message(error, workdir)}")
+        except stopping.Interrupted as stop:
+            print(f"lclseg: {stop}; the same command goes on from there")
+            return
+    print(markdown(sweep, read_results(folder, sweep)))
 
 
 if __name__ == "__main__":
     flags.mark_flag_as_required("sweep")
-    app.run(main)
+    with in_words():
+        app.run(main)

@@ -3,14 +3,12 @@
 `train_and_evaluate` is the whole story; `run_round` maps (best state, pseudo-labels) to the next.
 """
 
-import collections
 import contextlib
 import errno
-import functools
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,15 +17,15 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from lclseg import evaluation, quality_gate, report, steps
-from lclseg.crf import dense_crf
+from lclseg import evaluation, model_files, quality_gate, report, steps
 from lclseg.data import own_data
 from lclseg.data.batches import Pool, ground_truth_pool, records_of, sampler, select_slices
-from lclseg.label_stream import refresher
+from lclseg.errors import NonFiniteLossError
+from lclseg.label_stream import refinement, refresher
 from lclseg.pseudo_labels import PseudoLabels, load_pseudo_labels, make_pseudo_labels
 from lclseg.random_keys import named_key
 from lclseg.run import checkpoint, devices, multihost, tensorboard
-from lclseg.run.config_checks import ConfigError
+from lclseg.run.config_checks import ConfigError, check_config
 from lclseg.run.setup import (
     Programs,
     Run,
@@ -47,10 +45,6 @@ from lclseg.run.workdir import chosen_stage, new_results, read_json, write_json
 ZEROS_TO_WARN = 5  # validations in a row
 OVERLAYS = 2  # validation volumes shown in TensorBoard
 logger = logging.getLogger("lclseg")
-
-
-class NonFiniteLossError(FloatingPointError):
-    """The loss is not finite any more; the message names the step and its slices."""
 
 
 class Best(NamedTuple):
@@ -153,96 +147,143 @@ def fit(
     Raises:
       NonFiniteLossError: the loss is not finite.
     """
-    rounds, programs = run.config.rounds, run.programs[stage.kind]
-    digest = pseudo_labels.report["labels_sha256"] if pseudo_labels else None
-    num_steps = stage.num_steps
+    programs, num_steps = run.programs[stage.kind], stage.num_steps
     with contextlib.ExitStack() as stack:
         folder = run.workdir / "checkpoints" / stage.name
         manager = stack.enter_context(checkpoint.open_stage(folder))
-        done = checkpoint.latest_step(manager)
-        history: list[dict] = []
-        seconds: dict[str, float] = collections.defaultdict(float)
-        if done:
-            state, progress = checkpoint.restore(manager, done, state)
-            if pseudo_labels and progress["labels_sha256"] != digest:
-                raise ConfigError(
-                    f"{folder}: training was begun on other pseudo-labels than those in "
-                    f"{pseudo_labels.folder}; remove the checkpoint folder to train this round anew"
-                )
-            history = progress["validation"]
-            seconds |= progress["seconds"]
-            # A stage that is longer now than when it was begun.
-            state = state.replace(stage=np.asarray([stage.first_step, num_steps], np.int32))
-            logger.info("%s: going on from step %d of %d", stage.name, done, num_steps)
+        state, done, history, seconds = resume(manager, stage, state, pseudo_labels)
         files = stack.enter_context(open_stage_files(run, stage, done))
+        labels, refresh = pseudo_labels, None
         if pseudo_labels is not None:
-            pseudo_labels, refresh = refresher(run, stage, pseudo_labels, done)
-        slices = slices_of(run, stage.kind, pseudo_labels)
-        replicated, ready_until = devices.replicate(state), stage.first_step + done
-        number = done
+            labels, refresh = refresher(run, stage, pseudo_labels, done)
+        slices = slices_of(run, stage.kind, labels)
+        replicated, number, loaded_until = devices.replicate(state), done, done
         while number < num_steps:
-            started = time.monotonic()
-            end = next_stop(number, num_steps, run.config)
-            if ready_until < stage.first_step + end:
-                first = stage.first_step + number
-                ready_until = slices.load(first, stage.first_step + num_steps)
-                end = min(end, ready_until - stage.first_step)
-            todo = range(stage.first_step + number, stage.first_step + end)
-            trained = run_steps(run, programs, replicated, slices, todo)
-            replicated = trained.state
-            scalars = check_finite(run, stage, trained, slices)
-            number = int(replicated.step[0]) - stage.first_step
-            seconds["train"] += time.monotonic() - started
+            with timed(seconds, "train"):
+                end = next_stop(number, num_steps, run.config)
+                if loaded_until < end:
+                    first = stage.first_step
+                    loaded_until = slices.load(first + number, first + num_steps) - first
+                    end = min(end, loaded_until)
+                todo = range(stage.first_step + number, stage.first_step + end)
+                trained = run_steps(run, programs, replicated, slices, todo)
+                replicated = trained.state
+                scalars = check_finite(run, stage, trained, slices)
+                number = int(replicated.step[0]) - stage.first_step
+            due = due_at(run, stage, number, run.stop_asked())
             files.advance(number, scalars["loss"])
-            stop_now = run.stop_asked()
-            if number % run.config.log.every == 0 or number == num_steps:
+            if due.log:
                 files.log(number, scalars)
-            validate_now = number % rounds.eval_every == 0 or number == num_steps
-            refresh_now = (
-                pseudo_labels is not None
-                and rounds.refresh_every
-                and number % rounds.refresh_every == 0
-                and number < num_steps
-            )
-            if not (validate_now or stop_now or refresh_now):
+            if not (due.validation or due.stop or due.refresh):
                 continue
-            started = time.monotonic()
-            current = calibrate(run, programs, replicated, slices, stage, number)
-            if refresh_now:
-                checkpointed = checkpoint.latest_step(manager)
-                slices = slices_of(run, stage.kind, refresh(current, number, checkpointed))
-                ready_until = 0
-                seconds["pseudo_labels"] += time.monotonic() - started
-                started = time.monotonic()
+            with timed(seconds, "validate"):
+                current = calibrate(run, programs, replicated, slices, stage, number)
+            if due.refresh and refresh is not None:
+                with timed(seconds, "pseudo_labels"):
+                    labels = refresh(current, number, checkpoint.latest_step(manager))
+                    slices, loaded_until = slices_of(run, stage.kind, labels), number
             score = None
-            if validate_now and run.split.validation:
-                dice, pictures = validate(run, current)
-                history.append({"step": number, **dice})
-                files.log(number, {"validation_dice": dice["mean_dice"]}, pictures)
-                warn_of_zeros(stage.name, history)
+            if due.validation and run.split.validation:
+                with timed(seconds, "validate"):
+                    dice, pictures = validate(run, current)
                 score = dice["mean_dice"]
-                seconds["validate"] += time.monotonic() - started
-            if validate_now or stop_now:
-                if not (run.workdir / "config.json").exists():  # Orbax would make the folder anew
-                    raise FileNotFoundError(errno.ENOENT, "removed under way", str(run.workdir))
-                progress = {
-                    "validation": history,
-                    "labels_sha256": digest,
-                    "seconds": dict(seconds),
-                }
-                checkpoint.save(manager, number, devices.unreplicate(current), progress, score)
-            if stop_now and number < num_steps:
+                history.append({"step": number, **dice})
+                files.log(number, {"validation_dice": score}, pictures)
+                warn_of_zeros(stage.name, history)
+            if due.validation or due.stop:
+                progress = progress_of(pseudo_labels, history, seconds)
+                save(run, manager, number, current, progress, score)
+            if due.stop and number < num_steps:
                 checkpoint.finish(manager)
                 raise Interrupted(f"stopped in {stage.name} after step {number} of {num_steps}")
-        checkpoint.finish(manager)
-        best_step, score = checkpoint.chosen(manager)
-        best, _ = checkpoint.restore(manager, best_step, state)
-        final, progress = checkpoint.restore(manager, num_steps, state)
+        return outcome(manager, stage, state)
+
+
+@contextlib.contextmanager
+def timed(seconds: dict[str, float], kind: str) -> Iterator[None]:
+    """Adds the block's seconds to those of a kind of work."""
+    started = time.monotonic()
+    yield
+    seconds[kind] = seconds.get(kind, 0.0) + time.monotonic() - started
+
+
+def progress_of(
+    pseudo_labels: PseudoLabels | None, history: list[dict], seconds: dict[str, float]
+) -> dict:
+    """What a checkpoint tells beside the state; see `resume`."""
+    digest = pseudo_labels.report["labels_sha256"] if pseudo_labels else None
+    return {"validation": history, "labels_sha256": digest, "seconds": seconds}
+
+
+def resume(
+    manager, stage: Stage, state: steps.TrainState, pseudo_labels: PseudoLabels | None
+) -> tuple[steps.TrainState, int, list[dict], dict[str, float]]:
+    """Where a stage goes on: state, steps done, validations, seconds by kind of work.
+
+    Raises:
+      ConfigError: the stage was begun on other pseudo-labels.
+    """
+    done = checkpoint.latest_step(manager)
+    if not done:
+        return state, 0, [], {}
+    state, progress = checkpoint.restore(manager, done, state)
+    if progress["labels_sha256"] != progress_of(pseudo_labels, [], {})["labels_sha256"]:
+        raise ConfigError(
+            f"checkpoints of {stage.name}: training was begun on other pseudo-labels than those in "
+            f"{pseudo_labels and pseudo_labels.folder}; remove the checkpoint folder to train this "
+            "round anew"
+        )
+    logger.info("%s: going on from step %d of %d", stage.name, done, stage.num_steps)
+    # It may be longer now than when it was begun.
+    state = state.replace(stage=np.asarray([stage.first_step, stage.num_steps], np.int32))
+    return state, done, progress["validation"], progress["seconds"]
+
+
+class Due(NamedTuple):
+    """What is to be done after a step."""
+
+    log: bool
+    validation: bool
+    refresh: bool
+    stop: bool
+
+
+def due_at(run: Run, stage: Stage, number: int, stop: bool) -> Due:
+    """What is due after `number` steps of a stage."""
+    rounds, last = run.config.rounds, number == stage.num_steps
+    return Due(
+        log=last or number % run.config.log.every == 0,
+        validation=last or number % rounds.eval_every == 0,
+        refresh=not last and rounds.refresh_every > 0 and number % rounds.refresh_every == 0,
+        stop=stop,
+    )
+
+
+def save(
+    run: Run,
+    manager,
+    number: int,
+    replicated: steps.TrainState,
+    progress: dict,
+    score: float | None,
+) -> None:
+    """Writes a checkpoint; raises FileNotFoundError where the workdir was removed under way."""
+    if not (run.workdir / "config.json").exists():  # Orbax would make the folder anew
+        raise FileNotFoundError(errno.ENOENT, "removed under way", str(run.workdir))
+    checkpoint.save(manager, number, devices.unreplicate(replicated), progress, score)
+
+
+def outcome(manager, stage: Stage, like: steps.TrainState) -> Best:
+    """The best and the last checkpoint of a stage that is done."""
+    checkpoint.finish(manager)
+    step, score = checkpoint.chosen(manager)
+    best, _ = checkpoint.restore(manager, step, like)
+    last, progress = checkpoint.restore(manager, stage.num_steps, like)
     if score is None:
-        logger.info("%s: step %d, the last; none was validated", stage.name, best_step)
+        logger.info("%s: step %d, the last; none was validated", stage.name, step)
     else:
-        logger.info("%s: best validation Dice %.4f at step %d", stage.name, score, best_step)
-    return Best(best, final, score, stage, history, progress["seconds"])
+        logger.info("%s: best validation Dice %.4f at step %d", stage.name, score, step)
+    return Best(best, last, score, stage, progress["validation"], progress["seconds"])
 
 
 def next_stop(number: int, num_steps: int, config: ConfigDict) -> int:
@@ -431,9 +472,8 @@ def pseudo_label_pool(
             for volume_id in tqdm(run.split.unlabeled, "gate", disable=None, leave=False)
             for entry in [run.prepared.volumes[volume_id]]
         }
-    refine = functools.partial(dense_crf, **run.config.crf) if run.config.crf.num_steps else None
     return make_pseudo_labels(
-        predictor(run, replicated, refine=refine),
+        predictor(run, replicated, refine=refinement(run.config)),
         run.prepared,
         run.split.unlabeled,
         folder,
@@ -443,7 +483,25 @@ def pseudo_label_pool(
         agreements=agreements,
         min_agreement=options.min_agreement,
         min_confidence=options.min_confidence,
+        keep_largest=options.largest_component,
         made_by=made_by,
+    )
+
+
+def first_state(run: Run) -> steps.TrainState:
+    """What the first stage starts from: drawn weights, or the best ones of another run.
+
+    Heads that the other run does not have are drawn.
+    """
+    fresh = initial_state(run, 0)
+    if not run.config.rounds.start_from:
+        return fresh
+    source = model_files.load_run(Path(run.config.rounds.start_from).expanduser().absolute())
+    logger.info("starting from the weights of %s, %s", source.source, source.facts["stage"])
+    params, statistics = source.state.ema_params, source.state.batch_stats
+    return fresh.replace(
+        ema_params={k: params.get(k, v) for k, v in fresh.params.items()},
+        batch_stats={k: statistics.get(k, v) for k, v in fresh.batch_stats.items()},
     )
 
 
@@ -452,11 +510,11 @@ def run_stage(
 ) -> Best:
     """One stage, trained and tested.
 
-    The first one starts from drawn weights; the next from the best state of the one before, with
-    fresh heads where the config wants them.
+    The first one starts from drawn weights, or from those of another run; the next from the best
+    state of the one before, with fresh heads where the config wants them.
     """
     if before is None:
-        state = initial_state(run, 0)
+        state = first_state(run)
     elif before.stage.kind == "first" and run.config.rounds.fresh_heads:
         state = steps.warm_start(before.state, initial_state(run, 1))
     else:
@@ -483,10 +541,18 @@ def train_and_evaluate(
     Raises:
       Interrupted: `stop_asked` gave True; everything is saved.
     """
+    check_config(config, num_devices=jax.device_count())
     config, proposed = own_data.complete(config)
     if proposed:
         logger.info("\n%s", proposed)
     run = start_run(config, workdir, stop_asked)
+    with run.lock:
+        return train_stages(run)
+
+
+def train_stages(run: Run) -> dict:
+    """`train_and_evaluate` in a workdir that is this run's."""
+    config, workdir = run.config, run.workdir
     results = read_json(workdir / "results.json") or new_results(config, run.prepared, run.split)
     if config.rounds.baseline_from and "baseline" not in results["results"]:
         if multihost.is_first():

@@ -232,7 +232,7 @@ def keys_cubic_weights(size):
 
 def fields(count, shape, **options):
     draw = functools.partial(augment.elastic_displacement, shape=shape, **options)
-    return np.asarray(jax.vmap(draw)(keys(count)), np.float64)
+    return np.asarray(jax.jit(jax.vmap(draw))(keys(count)), np.float64)
 
 
 # In a 9 x 15 slice the nine nodes fall on pixels.
@@ -285,10 +285,10 @@ def test_least_area_sees_a_fold():
 @pytest.mark.parametrize("sigma", [0.026, 0.08, 0.3])
 def test_no_field_folds(monkeypatch, size, sigma):
     options = {"sigma": sigma, "probability": 1.0}
-    drawn = fields(150, (size, size), **options)
+    drawn = fields(80, (size, size), **options)
     assert min(map(least_area, drawn)) > 0.099
     unbounded(monkeypatch)
-    free = fields(150, (size, size), **options)
+    free = fields(80, (size, size), **options)
     folds = np.array([least_area(field) < 0.1 for field in free])
     if sigma == 0.026:  # the paper's: never near to folding, and left as it is to the bit
         np.testing.assert_array_equal(drawn, free)
@@ -309,8 +309,9 @@ def test_a_field_is_the_same_at_every_size():
         fields(20, (size, size), sigma=5 / 192, probability=1.0) / size for size in (64, 192)
     )
     np.testing.assert_allclose(small, large[:, :, 1::3, 1::3], atol=1e-6)
-    nodes = fields(2000, (3, 3), sigma=5 / 192, probability=1.0) * 192 / 3
-    np.testing.assert_allclose(nodes.std(), 5, rtol=0.02)
+    # At 15 px a node is a pixel; of a sample of 18 per field.
+    nodes = fields(500, (15, 15), sigma=5 / 192, probability=1.0)[:, :, 2::5, 2::5] * 192 / 15
+    np.testing.assert_allclose(nodes.std(), 5, rtol=0.03)
 
 
 @pytest.mark.parametrize(("probability", "atol"), [(0.0, 0.0), (0.3, 0.05), (1.0, 0.0)])

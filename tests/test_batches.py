@@ -156,6 +156,16 @@ def test_too_few_slices_relax_the_demand_class_by_class(
     assert line.endswith(f"from the {len(expected)} that show {reached}")
 
 
+@pytest.mark.parametrize(("at_least", "num_found", "reached"), [(1, 1, 2), (2, 4, 0), (4, 4, 0)])
+def test_as_many_slices_as_asked_for_even_of_no_class(caplog, at_least, num_found, reached):
+    """All but one slice are too uncertain to show any."""
+    pool = Pool(np.arange(4), np.array([[9, 7, 0], [0, 0, 0], [0, 0, 0], [0, 0, 0]]))
+    with caplog.at_level(logging.WARNING, logger="lclseg"):
+        found = batches.select_slices(pool, min_classes=3, at_least=at_least, role="views")
+    assert len(found) == num_found
+    assert caplog.messages[0].endswith(f"from the {num_found} that show {reached}")
+
+
 def test_a_pool_that_is_too_small():
     with pytest.raises(ValueError, match="labelled batch: 6 slices; wanted at least 7"):
         batches.select_slices(POOL, min_classes=1, at_least=7, role="labelled batch")

@@ -417,10 +417,12 @@ def test_the_published_phantom_has_64_subjects():
 
 
 SCRIPT = """
-import sys
-import lclseg.volumes
-assert "jax" not in sys.modules, "volumes imports jax"
-from lclseg.prepared import open_prepared
+import importlib, pkgutil, sys
+import lclseg.data
+for module in pkgutil.iter_modules(lclseg.data.__path__, "lclseg.data."):
+    importlib.import_module(module.name)
+    assert "jax" not in sys.modules, f"{module.name} imports jax"
+from lclseg.data.dataset import open_prepared
 from tfds_builders.phantom import phantom_dataset_builder as phantom
 
 if __name__ == "__main__":

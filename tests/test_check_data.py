@@ -254,11 +254,11 @@ def test_a_gzip_bomb_is_refused_before_memory_is_touched(tmp_path):
         stream.write(header.binaryblock + b"\0" * 4 + bytes(2**24))
     program = (
         "import resource, sys\n"
-        "from lclseg import volumes\n"
+        "from lclseg.data import nifti\n"
         "used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "try:\n"
-        f"    volumes.read_image(__import__('pathlib').Path({str(path)!r}))\n"
-        "except volumes.VolumeError as error:\n"
+        f"    nifti.read_image(__import__('pathlib').Path({str(path)!r}))\n"
+        "except nifti.VolumeError as error:\n"
         "    print(error)\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - used)\n"
     )

@@ -6,7 +6,7 @@ import importlib
 import pytest
 
 
-@pytest.mark.parametrize("name", ["losses", "crf", "metrics", "models"])
+@pytest.mark.parametrize("name", ["losses", "crf", "metrics", "models", "components"])
 def test_examples(name):
     failed, tried = doctest.testmod(importlib.import_module(f"lclseg.{name}"))
     assert tried > 0

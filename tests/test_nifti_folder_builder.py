@@ -368,7 +368,7 @@ def empty_masks(root):
     ("damage", "error", "message"),
     [
         (unlink_masks, VolumeError, "0 label files, so no case has a mask; wanted at least two"),
-        (empty_masks, VolumeError, "3 label files, all of them empty"),
+        (empty_masks, VolumeError, "3 labelled and validation masks .*all of them empty"),
         (
             lambda r: [(r / "labels" / f"c{n}.nii.gz").unlink() for n in (0, 1)],
             SplitError,
@@ -571,14 +571,45 @@ def test_lists_that_are_given_stay(tmp_path):
         assert len(set(everyone)) == len(everyone)
 
 
-def test_masks_that_show_little():
-    """Labelled volumes show all classes where some do; empty ones do not choose the checkpoint."""
-    shown = {"A": 0, "B": 2, "C": 1, "D": 0, "E": 1, "F": 0}
-    for seed in range(10):
-        lists, _ = draw_lists(
-            np.random.default_rng(seed), shown, lists=OPEN, num_labeled="1", num_unlabeled=1
-        )
-        assert lists == {"labeled": ("B",), "validation": ("C", "E"), "test": ("A", "D", "F")}
+def test_no_choice_knows_the_masks_of_others(tmp_path):
+    """Test masks that would change grid, classes and lists, or that no reader opens: all the same.
+
+    Foreground at the border would ask for a larger grid, 9 would be a class.
+    """
+    make_simple(tmp_path, num_masks=8, num_cases=10)
+    before, text = complete(tmp_path, target_spacing_mm=0.5)
+    assert len(before.data.test) == 4 and "looked at: the 4 labelled" in text
+    first, *others = before.data.test
+    write(
+        tmp_path / "labels" / f"{first}.nii.gz",
+        mask(SHAPE, (1, (0, 39), (0, 29), (0, 3)), (9, (3, 5), (3, 5), (0, 3))).astype(np.uint8),
+    )
+    (tmp_path / "labels" / f"{others[0]}.nii.gz").write_bytes(b"no NIfTI")
+    write(tmp_path / "labels" / f"{others[1]}.nii.gz", np.zeros(SHAPE, np.uint8))
+    after, _ = complete(tmp_path, target_spacing_mm=0.5)
+    before.data.folder_digest = after.data.folder_digest  # of the files
+    assert after.to_dict() == before.to_dict()
+
+
+@pytest.mark.parametrize("role", ["labeled", "validation"])
+def test_masks_without_foreground_to_learn_from(tmp_path, role):
+    make_simple(tmp_path, num_masks=4)
+    lists = {"labeled": ("c0", "c1"), "validation": ("c2", "c3")}
+    for case in lists[role]:
+        write(tmp_path / "labels" / f"{case}.nii.gz", np.zeros(SHAPE, np.uint8))
+    with pytest.raises(SplitError, match=rf"data\.{role} .* show no class at all; set"):
+        complete(tmp_path, **lists)
+
+
+def test_a_class_that_no_labelled_mask_shows_is_told(tmp_path):
+    make_simple(tmp_path, num_masks=4)
+    lists = {"labeled": ("c0", "c1"), "validation": ("c2", "c3")}
+    assert "no labelled mask" not in complete(tmp_path, **lists)[1]
+    for case in lists["labeled"]:
+        write(tmp_path / "labels" / f"{case}.nii.gz", mask(SHAPE, BOX).astype(np.uint8))
+    config, text = complete(tmp_path, **lists)
+    assert config.data.label_values == (1, 2)
+    assert "WARNING: no labelled mask shows class_2" in text
 
 
 def test_config_with_lists(tmp_path):
@@ -642,7 +673,7 @@ def test_a_run_with_two_masks(tmp_path):
     def run():
         config = config_of(folder, data_dir=str(tmp_path / "prepared"), labeled_batch_size=4)
         config.method.pairs.update(labeled_self=1, pseudo_self=1, labeled_pseudo=1, pseudo_pseudo=1)
-        config.model.filters = (4,)
+        config.model.filters = (4, 4)
         config.rounds.update(baseline_steps=2, steps_per_round=2, num_rounds=1, eval_every=2)
         config.rounds.batch_norm_batches = 0
         return train.train_and_evaluate(config, workdir)

@@ -25,10 +25,23 @@ def stripe(first, last, value=1):
 
 
 def predict(images):
-    """Class round(v) where the pixel is v; probability 0.6 where v is below it, else 0.8."""
+    """Class round(v) where the pixel is v; probability 0.6 where v is below it, else 0.8.
+
+    What "refining" gives is sure of the same class, as after a CRF.
+    """
     label = np.rint(images).astype(int)
     top = np.where(images < label, 0.6, 0.8)[..., None]
-    return np.where(np.eye(3, dtype=bool)[label], top, (1 - top) / 2).astype(np.float32)
+    network = np.where(np.eye(3, dtype=bool)[label], top, (1 - top) / 2).astype(np.float32)
+    return np.stack([network, saturated(network)], axis=1)
+
+
+def saturated(probs):
+    return np.where(probs == probs.max(axis=-1, keepdims=True), 0.999, 0.0005).astype(np.float32)
+
+
+def background(images):
+    probs = np.tile(np.array([0.9, 0.1, 0], np.float32), (*images.shape, 1))
+    return np.stack([probs, probs], axis=1)
 
 
 # Of volume_id: prediction by slice on the grid, and native ground truth (None: there is none).
@@ -118,7 +131,12 @@ def test_argmax_of_noise(tmp_path):
         image.tobytes(): np.random.default_rng(n).dirichlet(np.ones(3), (8, 8))
         for n, image in enumerate(images)
     }
-    labels = make(tmp_path, predict=lambda batch: np.stack([probs[i.tobytes()] for i in batch]))
+
+    def noise(batch):
+        refined = np.stack([probs[i.tobytes()] for i in batch])
+        return np.stack([refined[..., ::-1], refined], axis=1)
+
+    labels = make(tmp_path, predict=noise)
     for record, label in zip(labels.records, labels.labels, strict=True):
         p = probs[images[record].tobytes()]
         for i, j in np.ndindex(8, 8):
@@ -160,7 +178,7 @@ def test_report_by_hand(made):
     # Class one: 16 in a, 32 in c; class two: 8 in a.
     assert report["mean_voxels_per_class"] == pytest.approx({"one": 16, "two": 8 / 3})
     assert report["empty_volumes"] == ["b"]
-    # Confidence is 0.8 all over a and c, 0.6 all over b.
+    # The network's confidence is 0.8 all over a and c, 0.6 all over b; refined it is 0.999.
     assert report["mean_confidence"] == pytest.approx((0.8 + 0.6 + 0.8) / 3)
     assert report["dice_with_previous_round"] is None
     # a: class one has 16 voxels, the truth 32, 16 in common: 2/3; class two 8, 64, 8: 2/9.
@@ -186,9 +204,6 @@ def test_no_truth_at_all(tmp_path):
 
 
 def test_all_volumes_empty(tmp_path):
-    def background(images):
-        return np.tile(np.array([0.9, 0.1, 0], np.float32), (*images.shape, 1))
-
     labels = make(tmp_path, predict=background)
     assert labels.report["empty_volumes"] == ["a", "b", "c"]
     assert labels.report["mean_voxels_per_class"] == {"one": 0, "two": 0}
@@ -234,7 +249,7 @@ def test_nifti_files_in_native_geometry(tmp_path):
         np.testing.assert_allclose(file.affine, AFFINE)
         np.testing.assert_allclose(file.header.get_zooms(), spacing_mm, rtol=1e-6)
         expected = grid.probs_to_native_label(
-            predict(np.stack(IMAGES[volume_id])), spacing_mm, (5, 12), target_spacing_mm=1.0
+            predict(np.stack(IMAGES[volume_id]))[:, 1], spacing_mm, (5, 12), target_spacing_mm=1.0
         )
         np.testing.assert_array_equal(np.asarray(file.dataobj), expected)
     # Rows 1..4 of 8 are -3 mm .. 1 mm about the centre; native rows lie at -3.2, -1.6, 0, 1.6, 3.2.
@@ -303,10 +318,6 @@ def test_an_interrupted_round_is_not_complete(tmp_path):
 
 
 AGREEMENTS = {"a": 0.95, "b": 0.2, "c": 0.9}
-
-
-def background(images):
-    return np.tile(np.array([0.9, 0.1, 0], np.float32), (*images.shape, 1))
 
 
 def test_the_gate_leaves_out_what_does_not_agree(tmp_path):
@@ -382,8 +393,23 @@ def test_collapse_is_told(tmp_path, caplog):
     assert all(w in caplog.text for w in empty.report["warnings"])
 
 
+def test_the_label_is_the_refined_one_and_its_confidence_the_networks(tmp_path):
+    """Refining turns class one into two, and is sure of it."""
+
+    def refined(images):
+        network = predict(images)[:, 0]
+        return np.stack([network, saturated(network[..., [0, 2, 1]])], axis=1)
+
+    labels = make(tmp_path, predict=refined, min_confidence=0.7)
+    swapped = [np.array([0, 2, 1])[image.astype(int)] for image in EXPECTED]
+    swapped[3:5] = [np.full((8, 8), 255)] * 2  # b, of which the network is not sure
+    np.testing.assert_array_equal(labels.labels, swapped)
+    assert labels.report["mean_confidence"] == pytest.approx((0.8 + 0.6 + 0.8) / 3)
+    assert np.asarray(nib.load(tmp_path / "c.nii.gz").dataobj).max() == 2
+
+
 def test_uncertain_pixels_become_no_class(tmp_path):
-    """b is 0.6 sure all over, the others 0.8: by hand."""
+    """The network is 0.6 sure all over b, 0.8 of the others, however sure refining is: by hand."""
     labels = make(tmp_path, min_confidence=0.7)
     expected = [*EXPECTED[:3], *[np.full((8, 8), 255)] * 2, EXPECTED[5]]
     np.testing.assert_array_equal(labels.labels, expected)

@@ -615,8 +615,12 @@ def test_no_command_for_what_no_flag_can_set():
     config["loss"]["pixels_per_class"] = None
     assert reproducing_command(config) is None
     config = json.loads(config_with().to_json_best_effort())
-    del config["loss"]["matching"]  # as of another version
+    config["loss"]["mapping"] = "x"  # as of another version
     assert reproducing_command(config) is None
+    config = json.loads(config_with().to_json_best_effort())
+    command = reproducing_command(config)
+    del config["loss"]["matching"]  # as of a version before there was the key
+    assert reproducing_command(config) == command
 
 
 def test_training_does_not_load_matplotlib():

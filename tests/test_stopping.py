@@ -26,8 +26,8 @@ def test_a_second_signal_ends_the_process_at_once(first, second):
     """A process that never looks whether a stop was asked for."""
     program = (
         "import os, time\n"
-        "from lclseg import interruption\n"
-        "with interruption.stop_on_signals() as asked:\n"
+        "from lclseg.run import stopping\n"
+        "with stopping.stop_on_signals() as asked:\n"
         f"    os.kill(os.getpid(), {int(first)})\n"
         "    print('asked', asked(), flush=True)\n"
         f"    os.kill(os.getpid(), {int(second)})\n"

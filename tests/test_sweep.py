@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import shutil
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ BASE = {"log.every": 5}
 ROWS = {
     "supervised": {"rounds.num_rounds": 0, "rounds.baseline_steps": 950},
     "inter, 3 anchors": {},
-    "every pixel": {"loss.pixels_per_class": 0, "loss.contrastive_weight": 1.0},
+    "every pixel": {"method.pixels_per_class": 0, "method.contrastive_weight": 1.0},
     "other batch": {"data.labeled_batch_size": 4},
 }
 """
@@ -25,8 +26,7 @@ ROWS = {
 
 @pytest.fixture
 def sweep(tmp_path):
-    for name in ("default.py", "phantom.py"):
-        (tmp_path / name).write_text((ROOT / "configs" / name).read_text())
+    shutil.copytree(ROOT / "configs", tmp_path, dirs_exist_ok=True)
     (tmp_path / "sweep.py").write_text(SWEEP)
     return sweeps.load_sweep(tmp_path / "sweep.py")
 
@@ -55,14 +55,17 @@ def test_experiments_are_rows_times_pairs(sweep):
     supervised, plain, every, _ = found[4:]
     assert supervised.config.rounds.num_rounds == 0
     assert plain.config.rounds == sweep.config.rounds  # a row leaves no trace in the next one
-    assert (every.config.loss.pixels_per_class, every.config.loss.contrastive_weight) == (0, 1.0)
+    assert (every.config.method.pixels_per_class, every.config.method.contrastive_weight) == (
+        0,
+        1.0,
+    )
     assert plain.config.log.every == every.config.log.every == 5
     assert str(plain.path) == "inter_3_anchors/c2_seed7"
 
 
 def test_an_unknown_key_in_a_row_is_refused(sweep):
     with pytest.raises(sweeps.SweepError, match="contrastive_wait"):
-        list(sweeps.experiments(sweep._replace(rows={"a": {"loss.contrastive_wait": 1.0}})))
+        list(sweeps.experiments(sweep._replace(rows={"a": {"method.contrastive_wait": 1.0}})))
 
 
 def test_a_sweep_file_that_is_none(tmp_path):
@@ -163,8 +166,8 @@ def test_a_result_holds_no_path_of_the_machine(sweep, trained, tmp_path):
 def test_results_of_another_config_are_refused(sweep, trained, tmp_path):
     folder = tmp_path / "results"
     sweeps.run_missing(sweep, tmp_path / "runs", folder)
-    changed = sweep._replace(rows={**sweep.rows, "every pixel": {"loss.temperature": 0.5}})
-    with pytest.raises(sweeps.SweepError, match=r"every_pixel/c1.* loss\.contrast"):
+    changed = sweep._replace(rows={**sweep.rows, "every pixel": {"method.temperature": 0.5}})
+    with pytest.raises(sweeps.SweepError, match=r"every_pixel/c1.* method\.contrast"):
         sweeps.read_results(folder, changed)
 
 
@@ -186,11 +189,11 @@ def test_sweeps_of_the_repository(path):
 
 @pytest.mark.parametrize("name", ["acdc", "hippocampus"])
 def test_tables_of_the_repository_are_made_from_its_runs(name):
-    """The runs are those of the sweep as it is, and README.md shows their means."""
+    """The runs are those of the sweep as it is, and docs/results.md shows their means."""
     sweep = sweeps.load_sweep(ROOT / "configs" / "sweeps" / f"{name}.py")
     folder = ROOT / "results" / name
     results = sweeps.read_results(folder, sweep)
     assert len(results) == len(list(folder.glob("*/*.json"))) > 0
     table = sweeps.markdown(sweep, results)
     assert (folder / "README.md").read_text() == table + "\n"
-    assert table.partition("\n\n")[0] in (ROOT / "README.md").read_text()
+    assert table.partition("\n\n")[0] in (ROOT / "docs" / "results.md").read_text()

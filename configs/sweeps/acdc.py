@@ -18,8 +18,6 @@ BASE = {
     "method.pixels_per_class": 3,
     "method.pseudo_label_weight": 0.0,
     "method.view_geometry": False,
-    # 5 px, which the stored runs had at this size: twice the default.
-    "augment.elastic_sigma": 5 / 96,
 }
 SELF_TRAINING = {"method.pseudo_label_weight": 1.0, "method.view_geometry": True}
 EVERY_PIXEL = {"method.pixels_per_class": 0}

@@ -9,8 +9,6 @@ CONFIG = "../hippocampus.py"
 PAIRS = (("c1", 0), ("c2", 1), ("c3", 2))
 BASE = {
     "method.pixels_per_class": 3,  # the paper's
-    # 5 px, which the stored runs had at this size: three times the default.
-    "augment.elastic_sigma": 5 / 64,
 }
 SELF_TRAINING = {"method.pseudo_label_weight": 1.0, "method.view_geometry": True}
 SUPERVISED = {"rounds.num_rounds": 0, "rounds.baseline_steps": 700}

@@ -13,6 +13,8 @@ from typing import NamedTuple
 import nibabel as nib
 import numpy as np
 
+from lclseg.errors import UserError
+
 AFFINE_TOLERANCE = 1e-3
 # A header can ask for any amount of memory, and a few compressed kilobytes can fill it.
 MAX_VOXELS = 2**28  # 1024 x 1024 x 256
@@ -26,7 +28,7 @@ GEOMETRY_FIELDS = (
 )
 
 
-class VolumeError(ValueError):
+class VolumeError(UserError):
     """A file or volume that cannot be used; the message names it, what was found and wanted."""
 
 

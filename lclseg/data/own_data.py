@@ -1,5 +1,7 @@
 """Own data: what a config leaves open is proposed from the folder, and who plays which role drawn.
 
+Roles are drawn first, by the names of the cases. What follows looks at the headers of all images,
+and at the masks that training may see, labelled and validation ones: no choice knows test masks.
 Nothing here is special to a modality. Axes are those of the files, 0, 1, 2; patients are cases: an
 image file, or what nnU-Net calls a case. Where a patient has several, give the lists of patients.
 """
@@ -10,7 +12,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,7 +24,7 @@ from tqdm import tqdm
 from lclseg.cores import usable_cores
 from lclseg.data import nifti
 from lclseg.data.layouts import Files, find_files, niftis, stem
-from lclseg.data.splits import ROLES, draw_lists
+from lclseg.data.splits import ROLES, SplitError, draw_lists
 
 NAME = "nifti_folder"  # of the builder
 SIZE_MULTIPLE = 32  # px: five poolings
@@ -38,7 +40,7 @@ class Survey(NamedTuple):
       case_id: see `nifti_folder.Files`.
       shape, spacing_mm: of the image, by axis.
       orientation: of the axes, e.g. "RAS".
-      voxels: by label value of the mask; {} without a mask.
+      voxels: by label value of the mask; {} without a mask that is looked at.
       reach_mm: by axis, distance of the outermost foreground from the image's centre; 0.0 without
         foreground.
     """
@@ -101,11 +103,12 @@ def folder_digest(folder: Path, files: Sequence[Files]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def survey_case(case: Files, label_values: Sequence[int] = ()) -> Survey:
-    """Looks at an image's header and at its mask.
+def survey_case(case: Files, label_values: Sequence[int] = (), *, with_mask: bool) -> Survey:
+    """Looks at an image's header and at its mask, if it may.
 
     Args:
       case: the files.
+      with_mask: False: the mask stays unopened.
       label_values: of the foreground; (): all but 0.
 
     Raises:
@@ -114,7 +117,7 @@ def survey_case(case: Files, label_values: Sequence[int] = ()) -> Survey:
     """
     shape, spacing_mm, affine = nifti.read_geometry(case.image)
     orientation = "".join(axis or "?" for axis in nib.aff2axcodes(affine))
-    if case.label is None:
+    if case.label is None or not with_mask:
         return Survey(case.case_id, shape, spacing_mm, orientation, {}, (0.0, 0.0, 0.0))
     no_voxels = np.broadcast_to(np.float32(0), shape)  # the label needs its image's geometry only
     image = nifti.Volume(no_voxels, None, affine, spacing_mm)
@@ -161,7 +164,7 @@ def propose_spacing_mm(surveys: Sequence[Survey], slice_axis: int) -> float:
 
 
 def propose_image_size(surveys: Sequence[Survey], slice_axis: int, target_spacing_mm: float) -> int:
-    """The smallest multiple of 32 px that covers every mask's foreground with a margin of 10 %.
+    """The smallest multiple of 32 px that covers the foreground seen, with a margin of 10 %.
 
     About the centre of the image, where volumes are cropped and padded; the margin ends with the
     largest image.
@@ -177,18 +180,19 @@ def propose_image_size(surveys: Sequence[Survey], slice_axis: int, target_spacin
 
 
 def propose_label_values(folder: Path, surveys: Sequence[Survey]) -> tuple[int, ...]:
-    """The foreground values that masks show, ascending.
+    """The foreground values that the masks looked at show, ascending.
 
     Raises:
-      volumes.VolumeError: no mask, none with foreground, too many values, or nnU-Net's "ignore".
+      volumes.VolumeError: none with foreground, too many values, or nnU-Net's "ignore".
     """
     masks = [s for s in surveys if s.voxels]
     values = sorted({v for s in masks for v in s.voxels} - {0})
     if not values:
-        found = "all of them empty" if masks else "so no case has a mask"
+        cases = ", ".join(s.case_id for s in masks[:8])
         raise nifti.VolumeError(
-            f"{folder}: {len(masks)} label files, {found}; wanted at least two masks, in labels/ "
-            "or labelsTr/, called like their images"
+            f"{folder}: {len(masks)} labelled and validation masks ({cases}), all of them empty; "
+            "set data.labeled and data.validation to others, or draw anew with another "
+            "data.draw_seed"
         )
     if len(values) >= MAX_CLASSES:
         raise nifti.VolumeError(
@@ -263,7 +267,24 @@ def complete(config: ConfigDict) -> tuple[ConfigDict, str]:
     data.folder_digest = folder_digest(folder, files)
     given = {key: bool(data[key]) for key in ("label_values", "image_size", "target_spacing_mm")}
     data.label_values = tuple(v for v in data.label_values if v)
-    surveys = survey(files, data.label_values)
+    masked = [f.case_id for f in files if f.label]
+    if not masked:
+        raise nifti.VolumeError(
+            f"{folder}: 0 label files, so no case has a mask; wanted at least two masks, in "
+            "labels/ or labelsTr/, called like their images"
+        )
+    given_lists = {role: tuple(data[role]) for role in ROLES}
+    kept, notes = keep_roles(config.rounds.start_from, masked, given_lists, data.num_validation)
+    lists, drawn_notes = draw_lists(
+        np.random.default_rng(data.draw_seed),
+        masked,
+        lists=kept,
+        num_labeled=data.num_labeled,
+        num_unlabeled=len(files) - len(masked),
+        num_validation=data.num_validation,
+    )
+    notes = notes + drawn_notes
+    surveys = survey(files, data.label_values, seen={*lists["labeled"], *lists["validation"]})
     data.label_values = data.label_values or propose_label_values(folder, surveys)
     data.class_names = data.class_names or propose_class_names(folder, data.label_values)
     check_classes(data.label_values, data.class_names)
@@ -274,32 +295,117 @@ def complete(config: ConfigDict) -> tuple[ConfigDict, str]:
     data.image_size = data.image_size or propose_image_size(
         surveys, data.slice_axis, data.target_spacing_mm
     )
-    shown = {s.case_id: sum(v in s.voxels for v in data.label_values) for s in surveys if s.voxels}
-    lists, notes = draw_lists(
-        np.random.default_rng(data.draw_seed),
-        shown,
-        lists={role: tuple(data[role]) for role in ROLES},
-        num_labeled=data.num_labeled,
-        num_unlabeled=len(files) - len(shown),
-        num_validation=data.num_validation,
-    )
+    data.with_mask = tuple(sorted(masked))
+    notes += check_masks(surveys, lists, data.label_values, data.class_names)
     data.pool = tuple(f.case_id for f in files)  # less those with another role
     data.update(lists)
     others = sum(_channel(f, 1) != f.image and _channel(f, 1).exists() for f in files)
     if others:
         notes.append(f"WARNING: {others} images have channels; only the first (_0000) is read")
-    return config, _summary(folder, data, surveys, given, notes)
+    listed = listed_names(folder)
+    if not given["label_values"]:
+        notes += [
+            f"WARNING: dataset.json lists {value} ({name}), which no labelled or validation mask "
+            "shows: it counts as background; set data.label_values, or draw anew"
+            for value, name in listed.items()
+            if value and value not in data.label_values
+        ]
+    return config, _summary(folder, data, surveys, len(masked), given, notes)
 
 
-def survey(files: Sequence[Files], label_values: Sequence[int] = ()) -> list[Survey]:
+def keep_roles(
+    start_from: str,
+    with_mask: Collection[str],
+    lists: Mapping[str, Sequence[str]],
+    num_validation: int,
+) -> tuple[dict[str, tuple[str, ...]], list[str]]:
+    """The roles of the run that this one starts from; cases that have got a mask since learn.
+
+    So no case that the weights have learnt from is tested on, and a corrected mask is used.
+
+    Args:
+      start_from: `rounds.start_from`; "": nothing is kept.
+      with_mask: cases that have a mask now.
+      lists: by role, as the config gives them; a list that is not empty stays as it is.
+      num_validation: `data.num_validation`; with 0 nobody validates.
+
+    Returns:
+      Lists by role, and what is worth telling. The lists as they are, where that run was on other
+      data: one of its cases is not there, or has no mask.
+
+    Raises:
+      SplitError: the run is of a version that did not record which cases had a mask.
+    """
+    given = {role: tuple(patients) for role, patients in lists.items()}
+    path = Path(start_from).expanduser() / "config.json"
+    if not start_from or not path.is_file():  # the run says what is wrong with the folder
+        return given, []
+    before = json.loads(path.read_text())["data"]
+    roles = {role: tuple(before.get(role, ())) for role in ("labeled", "validation", "test")}
+    if before["name"] != NAME or not {p for r in roles.values() for p in r} <= set(with_mask):
+        return given, []
+    if "with_mask" not in before:
+        raise SplitError(
+            f"{path} does not tell which cases had a mask; wanted data.with_mask, which older "
+            "versions did not record: give data.labeled, data.validation and data.test"
+        )
+    new = sorted(set(with_mask) - set(before["with_mask"]))
+    roles["labeled"] += tuple(new)
+    if num_validation == 0:
+        roles["validation"] = ()
+    notes = [
+        f"roles as in {path.parent}; {len(new)} new masks to learn from{': ' if new else ''}"
+        f"{', '.join(new[:8])}"
+    ]
+    return given | {role: given[role] or patients for role, patients in roles.items()}, notes
+
+
+def check_masks(
+    surveys: Sequence[Survey],
+    lists: Mapping[str, Sequence[str]],
+    label_values: Sequence[int],
+    class_names: Sequence[str],
+) -> list[str]:
+    """What is worth telling of the masks to learn from, line by line.
+
+    Raises:
+      SplitError: no labelled mask, or no validation mask, shows any of the classes.
+    """
+    shown = {s.case_id: {v for v in label_values if v in s.voxels} for s in surveys if s.voxels}
+    by_role = {
+        role: set().union(*(shown.get(patient, set()) for patient in lists[role]))
+        for role in ("labeled", "validation")
+    }
+    for role, found in by_role.items():
+        # Of a list given by hand, a case without a mask is for `splits.resolve_split` to name.
+        if lists[role] and not found and shown.keys() >= {*lists[role]}:
+            raise SplitError(
+                f"the masks of data.{role} ({', '.join(lists[role][:8])}) show no class at all; "
+                f"set data.{role} to others, or draw anew with another data.draw_seed"
+            )
+    return [
+        f"WARNING: no labelled mask shows {name}, so the network cannot learn it; set "
+        "data.labeled, or draw anew with another data.draw_seed"
+        for value, name in zip(label_values, class_names, strict=True)
+        if value not in by_role["labeled"]
+    ]
+
+
+def survey(
+    files: Sequence[Files], label_values: Sequence[int] = (), *, seen: Collection[str]
+) -> list[Survey]:
     """`survey_case` of every case, on all cores: unpacking and counting hold no interpreter lock.
+
+    seen: the cases whose masks are looked at.
 
     Raises:
       volumes.VolumeError: of the first case that has one.
     """
     workers = min(usable_cores(), len(files))
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-        surveys = pool.map(lambda f: survey_case(f, label_values), files)
+        surveys = pool.map(
+            lambda f: survey_case(f, label_values, with_mask=f.case_id in seen), files
+        )
         return list(tqdm(surveys, "looking at the masks", len(files), disable=None, leave=False))
 
 
@@ -330,7 +436,7 @@ def builder_options(data: ConfigDict) -> dict:
     }
 
 
-def _summary(folder: Path, data: ConfigDict, surveys, given, notes) -> str:
+def _summary(folder: Path, data: ConfigDict, surveys, num_masks, given, notes) -> str:
     masks = [s for s in surveys if s.voxels]
     in_plane = np.delete([s.spacing_mm for s in surveys], data.slice_axis, axis=1)
     through = [s.spacing_mm[data.slice_axis] for s in surveys]
@@ -346,16 +452,17 @@ def _summary(folder: Path, data: ConfigDict, surveys, given, notes) -> str:
         return f"  data.{key} = {value}  ({'given' if given.get(key) else why})"
 
     lines = [
-        f"{folder}: {len(surveys)} images, {len(masks)} with a mask",
-        f"  label value -> class, in so many masks: {classes}",
-        line("label_values", tuple(data.label_values), "all that the masks show"),
+        f"{folder}: {len(surveys)} images, {num_masks} with a mask",
+        f"  looked at: the {len(masks)} labelled and validation masks; of the others the names",
+        f"  label value -> class, in so many of these: {classes}",
+        line("label_values", tuple(data.label_values), "all that they show"),
         line("slice_axis", data.slice_axis, f"coarsest spacing, {np.median(through):.4g} mm"),
         line(
             "target_spacing_mm",
             data.target_spacing_mm,
             f"median in-plane; {in_plane.min():.4g} to {in_plane.max():.4g} mm",
         ),
-        line("image_size", data.image_size, "px; covers the masks' foreground and a margin"),
+        line("image_size", data.image_size, "px; covers their foreground and a margin"),
     ]
     if others:
         lines.append(f"  values {', '.join(map(str, others[:8]))} count as background")

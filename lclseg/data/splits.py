@@ -6,13 +6,14 @@ from typing import NamedTuple
 import numpy as np
 
 from lclseg.data.dataset import VolumeEntry
+from lclseg.errors import UserError
 
 ROLES = ("labeled", "unlabeled", "validation", "test")
 VALIDATION_PATIENTS = 2
 PROPOSED = -1  # of data.num_validation: the list's, or `VALIDATION_PATIENTS` of own data
 
 
-class SplitError(ValueError):
+class SplitError(UserError):
     """Patient lists that cannot be used; the message names the list and the way out."""
 
 
@@ -27,7 +28,7 @@ class Split(NamedTuple):
 
 def draw_lists(
     rng: np.random.Generator,
-    classes_shown: Mapping[str, int],
+    with_truth: Collection[str],
     *,
     lists: Mapping[str, Sequence[str]],
     num_labeled: str,
@@ -36,15 +37,15 @@ def draw_lists(
 ) -> tuple[dict[str, tuple[str, ...]], list[str]]:
     """Draws labelled, validation and test patients among those with ground truth.
 
-    Labelled: `num_labeled` of them, out of those that show most classes. Validation: 2, or 1 where
-    fewer than 4 are left. Test: all that are left; but where every patient has ground truth, a
-    fifth of them, so that the others make the unlabelled pool. "all" labels all but validation and
-    test, again a fifth. Where `num_labeled` is all there are, one of them is for validation, unless
-    `num_validation` is 0.
+    By their names alone: what masks show, those of test patients too, chooses nobody. Labelled:
+    `num_labeled` of them. Validation: 2, or 1 where fewer than 4 are left. Test: all that are left;
+    but where every patient has ground truth, a fifth of them, so that the others make the
+    unlabelled pool. "all" labels all but validation and test, again a fifth. Where `num_labeled` is
+    all there are, one of them is for validation, unless `num_validation` is 0.
 
     Args:
       rng: random.
-      classes_shown: patients with ground truth -> number of foreground classes there.
+      with_truth: patients with ground truth.
       lists: by role; a list that is not empty stays as it is.
       num_labeled: a number, or "all".
       num_unlabeled: of patients without ground truth.
@@ -60,7 +61,7 @@ def draw_lists(
         raise SplitError(f"data.num_labeled is {num_labeled!r}; wanted a number above 0, or 'all'")
     check_num_validation(num_validation, lists["validation"])
     named = {p for patients in lists.values() for p in patients}
-    free = [p for p in sorted(classes_shown) if p not in named]
+    free = [p for p in sorted(with_truth) if p not in named]
     free = [free[i] for i in rng.permutation(len(free))]
 
     open_roles = {role for role in ROLES if not lists[role]}
@@ -84,11 +85,8 @@ def draw_lists(
         num_validation=num_validation,
     )
 
-    drawn = {"labeled": sorted(free, key=lambda p: -classes_shown[p])[: count["labeled"]]}
-    rest = [p for p in free if p not in drawn["labeled"]]
-    # A mask without foreground tells nothing of a checkpoint.
-    rest.sort(key=lambda p: classes_shown[p] == 0)
-    for role in ("validation", "test"):
+    drawn, rest = {}, free
+    for role in ("labeled", "validation", "test"):
         drawn[role], rest = rest[: count[role]], rest[count[role] :]
     found = {role: tuple(lists[role]) or tuple(sorted(drawn[role])) for role in drawn}
 
@@ -167,10 +165,8 @@ def check_num_validation(num_validation: int, listed: Sequence[str]) -> None:
         )
 
 
-def resolve_split(
-    data_config, volumes: Mapping[str, VolumeEntry], *, may_lack_test: bool = False
-) -> Split:
-    """Turns the patient lists of `config.data` into volume ids.
+def choose_lists(data_config) -> dict[str, tuple[str, ...]]:
+    """The patients of each role, by `config.data` alone.
 
     `data.splits[num_labeled][split]` holds the labelled and validation patients; `data.pool` and
     `data.test_patients` the others. A non-empty `data.labeled`, `data.unlabeled`,
@@ -178,23 +174,19 @@ def resolve_split(
     are no validation patients. Labelled, validation and test patients are taken out of the
     unlabelled pool.
 
-    Args:
-      data_config: `config.data`.
-      volumes: index of the prepared set.
-      may_lack_test: a run without test patients will do.
-
     Raises:
-      SplitError: no such split; a patient twice, in two roles, not in the data set, or without
-        ground truth where that is needed; an empty role (only the unlabelled one may be: an upper
-        bound has none); `data.num_validation` above 0, where the lists say how many.
+      SplitError: no such split; a patient twice or in two roles; `data.num_validation` above 0,
+        where the lists say how many.
     """
-    chosen = data_config.splits.get(str(data_config.num_labeled), {}).get(data_config.split)
-    without_validation = data_config.num_validation == 0
-    check_num_validation(data_config.num_validation, data_config.validation)
+    table = data_config.get("splits", {})
+    chosen = table.get(str(data_config.num_labeled), {}).get(data_config.split)
+    num_validation = data_config.get("num_validation", PROPOSED)
+    without_validation = num_validation == 0
+    check_num_validation(num_validation, data_config.validation)
     if chosen is None and not (
         data_config.labeled and (data_config.validation or without_validation)
     ):
-        known = {n: sorted(s) for n, s in data_config.splits.items()}
+        known = {n: sorted(s) for n, s in table.items()}
         raise SplitError(
             f"no split {data_config.split!r} with num_labeled={data_config.num_labeled}; there are "
             f"{known}. Or set data.labeled and data.validation yourself"
@@ -204,13 +196,10 @@ def resolve_split(
         "validation": []
         if without_validation
         else list(data_config.validation or chosen.validation),
-        "test": list(data_config.test or data_config.test_patients),
-        "unlabeled": list(data_config.unlabeled or data_config.pool),
+        "test": list(data_config.test or data_config.get("test_patients", ())),
+        "unlabeled": list(data_config.unlabeled or data_config.get("pool", ())),
     }
-    check_num_validation(data_config.num_validation, lists["validation"])
-    may_be_empty = {"unlabeled"}
-    may_be_empty |= {"test"} if may_lack_test else set()
-    may_be_empty |= {"validation"} if without_validation else set()
+    check_num_validation(num_validation, lists["validation"])
     owner: dict[str, str] = {}
     for role in ("labeled", "validation", "test"):
         for patient in lists[role]:
@@ -228,7 +217,28 @@ def resolve_split(
                 "take them out of one list"
             )
     lists["unlabeled"] = [p for p in dict.fromkeys(lists["unlabeled"]) if p not in owner]
+    return {role: tuple(lists[role]) for role in ROLES}
 
+
+def resolve_split(
+    data_config, volumes: Mapping[str, VolumeEntry], *, may_lack_test: bool = False
+) -> Split:
+    """Turns the patient lists of `config.data`, see `choose_lists`, into volume ids.
+
+    Args:
+      data_config: `config.data`.
+      volumes: index of the prepared set.
+      may_lack_test: a run without test patients will do.
+
+    Raises:
+      SplitError: see `choose_lists`; a patient who is not in the data set, or without ground truth
+        where that is needed; an empty role (only the unlabelled one may be: an upper bound has
+        none).
+    """
+    lists = choose_lists(data_config)
+    may_be_empty = {"unlabeled"}
+    may_be_empty |= {"test"} if may_lack_test else set()
+    may_be_empty |= {"validation"} if data_config.num_validation == 0 else set()
     volumes_of: dict[str, list[VolumeEntry]] = {}
     for entry in volumes.values():
         volumes_of.setdefault(entry.patient_id, []).append(entry)

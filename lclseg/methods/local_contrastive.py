@@ -25,8 +25,28 @@ from lclseg.losses import IGNORE
 from lclseg.methods.contract import Base, Method, Slices, Term, segmentation_term
 from lclseg.models import ProjectionHead
 from lclseg.random_keys import slice_keys
+from lclseg.rules import ABOVE_0, FACTORS, INTERVAL, NOT_NEGATIVE, YES_NO, one_of, whole
 
 Array = jax.Array
+
+
+RULES = {
+    "contrastive_weight": NOT_NEGATIVE,
+    "temperature": ABOVE_0,
+    "pixels_per_class": whole(0),
+    "matching": one_of(*losses.MATCHINGS),
+    "include_background": YES_NO,
+    "pseudo_label_weight": NOT_NEGATIVE,
+    "pairs.labeled_self": whole(0),
+    "pairs.pseudo_self": whole(0),
+    "pairs.labeled_pseudo": whole(0),
+    "pairs.pseudo_pseudo": whole(0),
+    "view_min_classes": whole(0),
+    "view_contrast_range": FACTORS,
+    "view_max_brightness": NOT_NEGATIVE,
+    "view_clip": INTERVAL,
+    "view_geometry": YES_NO,
+}
 
 
 class Pairs(NamedTuple):

@@ -1,18 +1,63 @@
-"""Self-training: the segmentation loss on stored pseudo-labels, made anew from round to round.
+"""Self-training: the segmentation loss on stored pseudo-labels, made anew from time to time.
 
 L = L_seg(labelled) + weight x L_seg(pseudo-labelled)
 
-Labelled slices are not counted in the second term, and both are means of their own slices.
-Pseudo-labelled slices are augmented as labelled ones are, their masks with them.
+Labelled slices are not counted in the second term. Pseudo-labelled slices are augmented as labelled
+ones are, their masks with them. The pool's labels are predicted before each round, and within one
+every `rounds.refresh_every` steps.
+
+With `copy_paste`, slices are mixed before they go through the network, as bidirectional copy-paste
+does it (BCP, arXiv:2305.00673). Slice x is labelled, u pseudo-labelled, and M [H, W] is 1 but for a
+box of 2/3 of each side at a random place:
+
+  x M + u (1 - M)  and  u M + x (1 - M),  labels mixed alike
+
+The first term then counts the pixels of x, the second those of u.
 """
 
 from typing import Any
 
-from lclseg.methods.contract import Base, Method, draw_from, segmentation_term
+import jax
+import jax.numpy as jnp
+
+from lclseg.losses import IGNORE
+from lclseg.methods.contract import Base, Method, Slices, draw_from, segmentation_term
+from lclseg.mixing import copy_paste_mask, mix
+from lclseg.random_keys import slice_keys
+from lclseg.rules import NOT_NEGATIVE, YES_NO
+
+Array = jax.Array
+
+
+RULES = {"weight": NOT_NEGATIVE, "copy_paste": YES_NO}
+
+
+def copy_paste(
+    key: Array, first: Slices, second: Slices, axis_name: str | None
+) -> tuple[Array, Array, Array]:
+    """Both mixtures of each pair of slices; n pairs, 2 n mixtures.
+
+    Args:
+      key: of the boxes.
+      first, second: n slices each.
+      axis_name: the mapped device axis.
+
+    Returns:
+      image and label [2 n, H, W], and is_first [2 n, H, W] bool: where `first` shows.
+    """
+    keys = slice_keys(key, len(first.image), axis_name)
+    _, height, width = first.label.shape
+    mask = jax.vmap(lambda k: copy_paste_mask(k, (height, width)))(keys)
+    is_first = jnp.concatenate([mask, ~mask])
+
+    def mixed(x: Array, u: Array) -> Array:
+        return mix(is_first, jnp.concatenate([x, x]), jnp.concatenate([u, u]))
+
+    return mixed(first.image, second.image), mixed(first.label, second.label), is_first
 
 
 def make(options: Any, base: Base) -> Method:
-    """The method; `options` has `weight`, see configs/methods/self_training.py."""
+    """The method; options: see configs/methods/self_training.py."""
 
     def sampler(labeled, unlabeled):
         return lambda rng: {
@@ -21,12 +66,22 @@ def make(options: Any, base: Base) -> Method:
 
     def terms(net, params, state, batch, key):
         images = {name: batch[name].image for name in ("labeled", "unlabeled")}
+        labels = {name: batch[name].label for name in images}
+        if options.copy_paste:
+            image, label, is_labeled = copy_paste(
+                key, batch["labeled"], batch["unlabeled"], net.axis_name
+            )
+            images = {"mixed": image}
+            labels = {
+                "labeled": jnp.where(is_labeled, label, IGNORE),
+                "unlabeled": jnp.where(is_labeled, IGNORE, label),
+            }
         heads = {name: ("segmentation",) for name in images}
         out, batch_stats = net(params, state.batch_stats, images, heads)
 
         def term(name, weight):
-            logits = out[name]["segmentation"]
-            return segmentation_term(base, logits, batch[name].label, net.axis_name, weight)
+            logits = out["mixed" if options.copy_paste else name]["segmentation"]
+            return segmentation_term(base, logits, labels[name], net.axis_name, weight)
 
         return {
             "segmentation_loss": term("labeled", 1.0),

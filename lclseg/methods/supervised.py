@@ -9,6 +9,9 @@ is also the first stage of most methods.
 from typing import Any
 
 from lclseg.methods.contract import Base, Method, segmentation_term
+from lclseg.rules import Rule
+
+RULES: dict[str, Rule] = {}
 
 
 def make(options: Any, base: Base) -> Method:

@@ -1,13 +1,14 @@
 """The command that gives a run's config again."""
 
-import json
 import runpy
 import shlex
-from pathlib import Path
+from typing import Any
 
-from lclseg.run.config_checks import differing_keys
+from lclseg.run.stored_config import CONFIGS, FIRST_METHOD, as_now, differing_keys, to_store
 
-CONFIGS = Path(__file__).parents[2] / "configs"
+# The last is what the others leave of the pool.
+LISTS = ("data.labeled", "data.validation", "data.test", "data.unlabeled")
+MISSING = object()
 
 
 def reproducing_command(config: dict) -> str | None:
@@ -19,23 +20,42 @@ def reproducing_command(config: dict) -> str | None:
     path = CONFIGS / f"{dataset}.py"
     if not dataset.isidentifier() or not path.exists():  # it is run: of this folder only
         return None
-    stored = runpy.run_path(str(path))["get_config"]()
-    defaults = json.loads(stored.to_json_best_effort())
+    config = as_now(config)
+    method = config["method"]["name"]
+    if not (CONFIGS / "methods" / f"{method}.py").exists():
+        return None
+    file = runpy.run_path(str(path))["get_config"](method)
+    keys = [k for k in differing_keys(to_store(file), config) if k not in LISTS]
+    for key in ("data.num_labeled", "data.split"):
+        file.update_from_flattened_dict({key: _value(config, key)})
+    # A list set by hand takes its patients out of the pool, which needs no word then.
+    for key in LISTS:
+        if _value(to_store(file), key) != _value(config, key):
+            keys.append(key)
+            file.update_from_flattened_dict({key: tuple(_value(config, key))})
+    defaults = to_store(file)
+    argument = "" if method == FIRST_METHOD else f":{method}"
     overrides = []
-    for key in differing_keys(defaults, config):
-        *groups, name = key.split(".")
-        theirs, ours = defaults, config
-        for group in groups:
-            theirs, ours = theirs[group], ours[group]
-        # A key of one side only, or patient lists of another version: no override gives these.
-        if name not in theirs or name not in ours or key.startswith("data.splits."):
+    for key in keys:
+        value = _value(config, key)
+        # No flag can say these: a key of another version, none, and an empty list for the file's.
+        if key not in LISTS and MISSING in (value, _value(defaults, key)):
             return None
-        value = ours[name]
-        if value is None:  # no flag can say so
+        if value is None or value == []:
             return None
         text = str(tuple(value) if isinstance(value, list) else value)
         overrides.append(f"--config.{key}={_quoted(text)}")
-    return " \\\n  ".join([f"python -m lclseg.main --config=configs/{path.name}", *overrides])
+    return " \\\n  ".join(
+        [f"python -m lclseg.main --config=configs/{path.name}{argument}", *overrides]
+    )
+
+
+def _value(config: dict, key: str) -> Any:
+    """Of a dotted key; `MISSING` where there is none."""
+    value: Any = config
+    for part in key.split("."):
+        value = value.get(part, MISSING) if isinstance(value, dict) else MISSING
+    return value
 
 
 def _quoted(text: str) -> str:

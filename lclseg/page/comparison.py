@@ -8,7 +8,7 @@ from lclseg.page.elements import details, document, legend, note, section, table
 from lclseg.page.figures import SERIES, Line, series
 from lclseg.page.recorded import RecordedRun, named
 from lclseg.page.tables import gain, number, score_cells
-from lclseg.run.config_checks import MACHINE_KEYS, differing_keys
+from lclseg.run.stored_config import MACHINE_KEYS, as_now, differing_keys
 
 
 def page(runs: Sequence[RecordedRun]) -> str:
@@ -62,11 +62,15 @@ def _summary(runs: Sequence[RecordedRun]) -> Iterator[str]:
 
 def _differences(runs: Sequence[RecordedRun]) -> str:
     """Values in which the runs' configs differ; places on the machine are none of them."""
-    keys = {key for run in runs[1:] for key in differing_keys(runs[0].config, run.config)}
+    configs = [as_now(run.config) for run in runs]
+    keys = {key for config in configs[1:] for key in differing_keys(configs[0], config)}
     keys -= {*MACHINE_KEYS, "rounds.baseline_from"}
     if not keys:
         return note("The configs do not differ.")
-    rows = [[run.name, *(_value(run.config, key) for key in sorted(keys))] for run in runs]
+    rows = [
+        [run.name, *(_value(config, key) for key in sorted(keys))]
+        for run, config in zip(runs, configs, strict=True)
+    ]
     head = ["run", *sorted(keys)]
     return details("What differs in the configs", table(head, rows, kind="text"))
 

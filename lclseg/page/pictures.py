@@ -9,12 +9,13 @@ import numpy as np
 
 from lclseg.data import grid
 from lclseg.data.dataset import PreparedSet
+from lclseg.metrics import mean_foreground_dice
 from lclseg.page import figures
 from lclseg.page.elements import figure, key, legend, note, text
 from lclseg.page.palette import PALETTE
 from lclseg.page.recorded import RecordedRun, named
 from lclseg.page.tables import number
-from lclseg.pseudo_labels import PseudoLabelError, load_pseudo_labels, mean_foreground_dice
+from lclseg.pseudo_labels import PseudoLabelError, load_pseudo_labels
 
 NUM_CHANGED = 3  # volumes shown whose pseudo-labels changed most
 
@@ -87,14 +88,12 @@ def changed_pictures(run: RecordedRun) -> Iterator[str]:
         for volume_id in stored.report["volume_ids"]:
             slices = np.asarray(run.prepared.volumes[volume_id].slices)
             labels.setdefault(volume_id, {})[name] = stored.read(slices)
-    agreements = {
-        volume_id: {
-            later: mean_foreground_dice(own[before], own[later], run.prepared.num_classes)
-            for before, later in itertools.pairwise(own)
-        }
-        for volume_id, own in labels.items()
-        if len(own) > 1
-    }
+    agreements: dict[str, dict[str, float]] = {}
+    for volume_id, own in labels.items():
+        for before, later in itertools.pairwise(own):
+            dice = mean_foreground_dice(own[before], own[later], run.prepared.num_classes)
+            if dice is not None:  # else both are empty: nothing has changed
+                agreements.setdefault(volume_id, {})[later] = dice
     if not agreements:
         yield note("No picture: no volume has pseudo-labels of two rounds to compare yet.")
         return
@@ -144,10 +143,10 @@ def _overlays(
     image: np.ndarray, truth: np.ndarray | None, labels: list[np.ndarray], captions: list[str]
 ) -> str:
     """A slice [H, W] under its truth, once with each label, all cut to the same square."""
-    box = _box([*labels, truth] if truth is not None else labels)
-    filled = None if truth is None else truth[box]
+    square = box([*labels, truth] if truth is not None else labels)
+    filled = None if truth is None else truth[square]
     shown = [
-        figure(figures.overlay(image[box], filled=filled, outlined=label[box]), caption)
+        figure(figures.overlay(image[square], filled=filled, outlined=label[square]), caption)
         for label, caption in zip(labels, captions, strict=True)
     ]
     return f'<div class="pictures">{"".join(shown)}</div>'
@@ -164,7 +163,7 @@ def _read_prediction(prepared: PreparedSet, volume_id: str, path: Path) -> np.nd
     )
 
 
-def _box(labels: list[np.ndarray]) -> tuple[slice, slice]:
+def box(labels: list[np.ndarray]) -> tuple[slice, slice]:
     """A square around the foreground of all labels [H, W], with a margin, inside the slice."""
     size = labels[0].shape[0]
     foreground = np.any([(label > 0) & (label < 255) for label in labels], axis=0)

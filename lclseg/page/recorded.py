@@ -12,12 +12,13 @@ from ml_collections import ConfigDict
 from lclseg.data import own_data
 from lclseg.data.dataset import PreparedSet, open_prepared
 from lclseg.data.nifti import VolumeError
+from lclseg.errors import UserError
 from lclseg.run.workdir import chosen_stage, read_json
 
 Curve = tuple[list[int], np.ndarray]  # steps over the whole run, values; NaN between stages
 
 
-class RunError(ValueError):
+class RunError(UserError):
     """A folder that holds no run; the message tells what is missing."""
 
 

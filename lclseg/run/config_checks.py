@@ -1,9 +1,40 @@
-"""Checks of a config before any work is done, and the comparison of two."""
+"""Checks of a config, all of it, before any work is done."""
 
-from collections.abc import Sequence
+import importlib
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
 
 from ml_collections import ConfigDict
 
+from lclseg.data import own_data
+from lclseg.data.splits import choose_lists
+from lclseg.errors import UserError
+from lclseg.rules import (
+    ABOVE_0,
+    FACTORS,
+    NAME,
+    NAMES,
+    NOT_NEGATIVE,
+    PROBABILITY,
+    SHARE_BELOW_1,
+    TEXT,
+    YES_NO,
+    Rule,
+    each,
+    is_number,
+    is_whole,
+    one_of,
+    span,
+    whole,
+)
+
+
+class ConfigError(UserError):
+    """A config that cannot be run; the message names the keys and the way out."""
+
+
+ANY = Rule(lambda v: True, "any value")
+THRESHOLD = Rule(SHARE_BELOW_1.holds, "0 <= x < 1, 0 to accept all")
 CHOICES = {
     "augment.strength": ("paper", "strong"),
     "loss.segmentation": (
@@ -15,88 +46,107 @@ CHOICES = {
     "optimizer.schedule": ("constant", "cosine"),
     "model.dtype": ("float32", "bfloat16"),
 }
-POSITIVE = (
-    "data.image_size",
-    "data.target_spacing_mm",
-    "data.labeled_batch_size",
-    "data.unlabeled_batch_size",
-    "data.min_classes",
-    "data.eval_batch_size",
-    "model.embedding_dim",
-    "optimizer.learning_rate",
-    "rounds.baseline_steps",
-    "rounds.steps_per_round",
-    "rounds.eval_every",
-    "log.every",
-    "crf.spatial_sigma",
-    "crf.bilateral_sigma",
-    "crf.intensity_sigma",
-)
-NOT_NEGATIVE = (
-    "data.n4_shrink_factor",
-    "crf.num_steps",
-    "crf.spatial_weight",
-    "crf.bilateral_weight",
-    "rounds.num_rounds",
-    "rounds.batch_norm_batches",
-)
-# Prefixes of the keys that the baseline does not depend on.
-JOINT_ONLY = (
-    "num_cpu_devices",
-    "data.data_dir",
-    "data.manual_dir",
-    "data.pool",
-    "data.unlabeled",
-    "data.unlabeled_batch_size",
-    "method.",
-    "crf.",
-    "pseudo_labels.",
-    "rounds.num_rounds",
-    "rounds.steps_per_round",
-    "rounds.fresh_heads",
-    "rounds.baseline_from",
-    "log.",
-)
-
-# What a run may have otherwise when it goes on: where things are, and how often it tells.
-MACHINE_KEYS = ("num_cpu_devices", "data.data_dir", "data.manual_dir", "log.every")
-
-
-class ConfigError(ValueError):
-    """A config that cannot be run; the message names the keys and the way out."""
+# Every key of a config but the method's own, whose rules stand in the method's file.
+RULES: dict[str, Rule] = {
+    **{key: one_of(*choices) for key, choices in CHOICES.items()},
+    "seed": whole(0, 2**31 - 1),
+    "num_cpu_devices": whole(0),
+    "method.name": Rule(
+        lambda v: NAME.holds(v) and v.isidentifier(), "the name of a file in lclseg/methods"
+    ),
+    "data.name": NAME,
+    "data.data_dir": TEXT,
+    "data.manual_dir": TEXT,
+    "data.image_size": whole(1),
+    "data.target_spacing_mm": ABOVE_0,
+    "data.n4_shrink_factor": whole(0, 64),
+    "data.num_labeled": NAME,
+    "data.split": NAME,
+    "data.splits": Rule(lambda v: hasattr(v, "items"), "{num_labeled: {split: lists}}"),
+    "data.pool": NAMES,
+    "data.test_patients": NAMES,
+    "data.labeled": NAMES,
+    "data.unlabeled": NAMES,
+    "data.validation": NAMES,
+    "data.test": NAMES,
+    "data.num_validation": whole(-1),
+    "data.labeled_batch_size": whole(1),
+    "data.unlabeled_batch_size": whole(1),
+    "data.min_classes": whole(1),
+    "data.eval_batch_size": whole(1),
+    "model.filters": each(
+        lambda v: is_whole(v) and v > 0,
+        "two or more whole numbers above 0, one a level",
+        at_least=2,
+    ),
+    "model.embedding_dim": whole(1),
+    "loss.class_weights": Rule(
+        lambda v: each(NOT_NEGATIVE.holds, "").holds(v) and (len(v) == 0 or sum(v) > 0),
+        "a tuple of numbers, 0 or more and not all 0, one a class; or ()",
+    ),
+    "augment.any_orientation": YES_NO,
+    "augment.max_rotation_degrees": Rule(lambda v: is_number(v) and 0 <= v <= 180, "0 to 180"),
+    "augment.scale_range": span(
+        lambda low, high: 0 < low <= high, "(low, high) with 0 < low <= high"
+    ),
+    "augment.elastic_probability": PROBABILITY,
+    "augment.elastic_sigma": SHARE_BELOW_1,
+    "augment.contrast_range": FACTORS,
+    "augment.max_brightness": NOT_NEGATIVE,
+    "crf.num_steps": whole(0),
+    "crf.spatial_sigma": ABOVE_0,
+    "crf.spatial_weight": NOT_NEGATIVE,
+    "crf.bilateral_sigma": ABOVE_0,
+    "crf.intensity_sigma": ABOVE_0,
+    "crf.bilateral_weight": NOT_NEGATIVE,
+    "pseudo_labels.min_agreement": THRESHOLD,
+    "pseudo_labels.largest_component": YES_NO,
+    "pseudo_labels.min_confidence": THRESHOLD,
+    "optimizer.learning_rate": ABOVE_0,
+    "optimizer.ema_decay": SHARE_BELOW_1,
+    "rounds.baseline_steps": whole(1),
+    "rounds.num_rounds": whole(0),
+    "rounds.steps_per_round": whole(1),
+    "rounds.baseline_from": TEXT,
+    "rounds.start_from": TEXT,
+    "rounds.refresh_every": whole(0),
+    "rounds.eval_every": whole(1),
+    "rounds.batch_norm_batches": whole(0),
+    "rounds.fresh_heads": YES_NO,
+    "log.every": whole(1),
+}
+# Those of own data alone, and what `own_data.complete` fills in, which is open until then.
+OWN_DATA_RULES: dict[str, Rule] = {
+    "data.slice_axis": whole(-1, 2),
+    "data.label_values": each(lambda v: is_whole(v) and 0 <= v < 2**16, "whole numbers 0..65535"),
+    "data.class_names": NAMES,
+    "data.folder_digest": TEXT,
+    "data.with_mask": NAMES,
+    "data.draw_seed": whole(0),
+}
+OPEN = {"data.image_size": 0, "data.target_spacing_mm": 0}
 
 
 def check_config(config: ConfigDict, *, num_devices: int) -> None:
-    """Raises ConfigError, naming every value that cannot be run, found and wanted."""
-    problems = []
-    for key, choices in CHOICES.items():
-        if _value(config, key) not in choices:
-            problems.append(f"{key} is {_value(config, key)!r}; wanted one of {', '.join(choices)}")
-    for key in POSITIVE:
-        if not _value(config, key) > 0:
-            problems.append(f"{key} is {_value(config, key)}; wanted a number above 0")
-    for key in NOT_NEGATIVE:
-        if not _value(config, key) >= 0:
-            problems.append(f"{key} is {_value(config, key)}; wanted 0 or more")
-    for key in ("pseudo_labels.min_agreement", "pseudo_labels.min_confidence"):
-        if not 0 <= _value(config, key) < 1:
-            problems.append(f"{key} is {_value(config, key)}; wanted 0 <= x < 1, 0 to accept all")
-    if not 0 <= config.optimizer.ema_decay < 1:
-        problems.append(f"optimizer.ema_decay is {config.optimizer.ema_decay}; wanted 0 <= x < 1")
-    multiple = 2 ** (len(config.model.filters) - 1)
-    if config.data.image_size % multiple:
-        problems.append(
-            f"data.image_size is {config.data.image_size}; with {len(config.model.filters)} levels "
-            f"in model.filters wanted a multiple of {multiple}"
-        )
-    for name, size in units_per_batch(config).items():
-        if size <= 0 or size % num_devices:
-            problems.append(
-                f"{name} is {size}; wanted a multiple of the {num_devices} devices, since batch "
-                "sizes are global"
-            )
+    """Raises ConfigError, naming every value that cannot be run, found and wanted.
+
+    Needs the config only. What depends on the data set is checked as soon as that is known: see
+    `check_classes`, and `splits.resolve_split` for patients that are not there.
+    """
+    wrong = dict(_wrong_values(config))
+    problems = [*wrong.values(), *_misfits(config, num_devices, wrong)]
     if problems:
         raise ConfigError("\n  ".join(["the config cannot be run:", *problems]))
+
+
+def check_classes(config: ConfigDict, class_names: Sequence[str]) -> None:
+    """Raises ConfigError where a value does not fit the classes of the data set."""
+    weights, wanted = config.loss.class_weights, len(class_names) + 1
+    if weights and len(weights) != wanted:
+        raise ConfigError(
+            f"loss.class_weights has {len(weights)} values; wanted {wanted}, of background, "
+            f"{', '.join(class_names)}; or () for equal weights"
+        )
 
 
 def units_per_batch(config: ConfigDict) -> dict[str, int]:
@@ -110,40 +160,84 @@ def units_per_batch(config: ConfigDict) -> dict[str, int]:
     return units
 
 
-def _value(config: ConfigDict, key: str):
-    group, name = key.split(".")
-    return config[group][name]
+def _rules_of(values: Mapping[str, Any]) -> tuple[dict[str, Rule], str]:
+    """The rules of a config's keys, and what is wrong with the method's name, "" if nothing."""
+    rules = dict(RULES)
+    if values.get("data.name") == own_data.NAME:
+        rules |= OWN_DATA_RULES
+    name = values.get("method.name")
+    if not RULES["method.name"].holds(name):
+        return rules, ""
+    module_name = f"lclseg.methods.{name}"
+    try:
+        own = getattr(importlib.import_module(module_name), "RULES", None)
+    except ModuleNotFoundError as error:
+        if error.name != module_name:
+            raise
+        return rules, f"method.name is {name!r}, but there is no lclseg/methods/{name}.py"
+    if own is None:  # a method may do without
+        own = {k.removeprefix("method."): ANY for k in values if k.startswith("method.")}
+        del own["name"]
+    return rules | {f"method.{key}": rule for key, rule in own.items()}, ""
 
 
-def differing_keys(before: dict, now: dict, prefix: str = "") -> list[str]:
-    """Dotted names of the values in which two configs, read from JSON, differ."""
-    keys = []
-    for key in sorted(before.keys() | now.keys()):
-        old, new = before.get(key), now.get(key)
-        if isinstance(old, dict) and isinstance(new, dict):
-            keys += differing_keys(old, new, f"{prefix}{key}.")
-        elif old != new:
-            keys.append(prefix + key)
-    return keys
+def _wrong_values(config: ConfigDict) -> Iterator[tuple[str, str]]:
+    """(key, problem)."""
+    values = dict(_leaves(config))
+    rules, no_method = _rules_of(values)
+    if no_method:
+        yield "method.", no_method
+    is_open = OPEN if values.get("data.name") == own_data.NAME else {}
+    for key, rule in rules.items():
+        if key not in values:
+            yield key, f"{key} is missing; wanted {rule.wanted}, see configs/default.py"
+        elif key in is_open and values[key] == is_open[key]:
+            continue
+        elif not rule.holds(values[key]):
+            yield key, f"{key} is {values[key]!r}; wanted {rule.wanted}"
+    for key in sorted(values.keys() - rules.keys()):
+        if not (no_method and key.startswith("method.")):
+            yield key, f"{key} is no key of a config; see configs/default.py and configs/methods"
 
 
-def refused_changes(before: dict, now: dict, begun: Sequence[str]) -> list[str]:
-    """Dotted names of the values that a run cannot go on with.
+def _leaves(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value); the table of splits is a value."""
+    for key, value in config.items():
+        if isinstance(value, ConfigDict) and prefix + key != "data.splits":
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
 
-    Allowed are other machine keys, more rounds, and more steps of the stage that is the last one
-    begun; with a decaying learning rate a stage's steps are fixed.
 
-    Args:
-      before, now: configs, read from JSON.
-      begun: names of the stages that have checkpoints.
-    """
-    rounds = [before["rounds"], now["rounds"]]
-    allowed = list(MACHINE_KEYS)
-    if rounds[1]["num_rounds"] > rounds[0]["num_rounds"]:
-        allowed.append("rounds.num_rounds")
-    if now["optimizer"]["schedule"] == "constant":
-        if rounds[1]["baseline_steps"] > rounds[0]["baseline_steps"] and "round_1" not in begun:
-            allowed.append("rounds.baseline_steps")
-        if rounds[1]["steps_per_round"] > rounds[0]["steps_per_round"] and "round_2" not in begun:
-            allowed.append("rounds.steps_per_round")
-    return [k for k in differing_keys(before, now) if k not in allowed]
+def _misfits(config: ConfigDict, num_devices: int, wrong: Collection[str]) -> Iterator[str]:
+    """What is wrong between values, none of which is wrong by itself."""
+
+    def right(*prefixes):
+        return not any(key.startswith(prefixes) for key in wrong)
+
+    if right("data.image_size", "model.filters"):
+        multiple = 2 ** (len(config.model.filters) - 1)
+        if config.data.image_size % multiple:
+            yield (
+                f"data.image_size is {config.data.image_size}; with {len(config.model.filters)} "
+                f"levels in model.filters wanted a multiple of {multiple}"
+            )
+    if right("data.labeled_batch_size", "data.unlabeled_batch_size", "method."):
+        for name, size in units_per_batch(config).items():
+            if size <= 0 or size % num_devices:
+                yield (
+                    f"{name} is {size}; wanted a multiple of the {num_devices} devices, since "
+                    "batch sizes are global"
+                )
+    if right("loss.class_weights", "loss.segmentation"):
+        if config.loss.class_weights and config.loss.segmentation != "cross_entropy":
+            yield (
+                f"loss.class_weights is {config.loss.class_weights!r}, but loss.segmentation="
+                f"{config.loss.segmentation} has no weights; wanted (), or cross_entropy"
+            )
+    # Own data's lists are drawn, see `own_data.complete`.
+    if right("data.") and config.data.name != own_data.NAME:
+        try:
+            choose_lists(config.data)
+        except UserError as error:
+            yield str(error)

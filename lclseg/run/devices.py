@@ -123,7 +123,7 @@ def batched_predictor(
     refine: Callable | None = None,
     stop_asked: Callable[[], bool] = lambda: False,
 ) -> Predict:
-    """Maps any number of slices [M, H, W] to probabilities [M, H, W, C].
+    """Maps any number of slices [M, H, W] to probabilities [M, H, W, C], or [M, 2, H, W, C].
 
     One compiled shape, of this process' devices; a part of it that M does not fill is padding.
 
@@ -131,7 +131,8 @@ def batched_predictor(
       compiled: see `compiled_predict`.
       replicated: state whose averaged weights and statistics predict, a copy per device.
       batch_size: slices at once, over these devices; rounded up to a multiple of their number.
-      refine: maps (slices, probabilities) to the probabilities returned.
+      refine: maps (slices, probabilities) to better ones; where it is given, what is returned are
+        the network's probabilities and the refined ones, see `pseudo_labels.PredictRefined`.
       stop_asked: where it gives True, `Interrupted` is raised.
     """
     num_devices = jax.local_device_count()
@@ -148,7 +149,7 @@ def batched_predictor(
         full = np.concatenate([images, padding])
         probs = forward(full)
         if refine is not None:
-            probs = np.asarray(refine(full, probs))
+            probs = np.stack([probs, refine(full, probs)], axis=1)
         return probs[: len(images)]
 
     def predict(images: np.ndarray) -> np.ndarray:

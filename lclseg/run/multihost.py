@@ -26,8 +26,9 @@ from lclseg.run.config_checks import ConfigError
 # A process that has not been heard of for so long is dead, and the others end.
 HEARTBEAT_TIMEOUT_S = 60
 PREPARING_TIMEOUT_S = 24 * 3600
-# A lone task of Slurm or Open MPI keeps all devices of its host; JAX would give it one.
-TASKS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
+# How many tasks a launcher started: Slurm, Open MPI, MPICH and Intel MPI. A lone one keeps all
+# devices of its host; JAX would give it one.
+TASKS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 SETTINGS = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 
@@ -63,15 +64,27 @@ def connect(**given: Any) -> None:
 
     JAX detects TPU pods, Slurm (srun) and Open MPI. Without a cluster nothing happens. Runs before
     JAX's first computation.
+
+    Raises:
+      ConfigError: a launcher started several tasks, and JAX does not detect their cluster. Each
+        would train alone, and all write into one workdir.
     """
-    alone = not given and any(os.environ.get(name) == "1" for name in TASKS)
+    alone = not given and {os.environ.get(name, "1") for name in TASKS} == {"1"}
+    alone = alone and any(name in os.environ for name in TASKS)
     if alone or jax.distributed.is_initialized():
         return
     try:
         jax.distributed.initialize(**given, heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT_S)
-    except ValueError:
-        if given:
+    except ValueError as error:
+        if given or "coordinator_address" not in str(error):
             raise
+        for name in TASKS:
+            if os.environ.get(name, "1") != "1":
+                raise ConfigError(
+                    f"{name} is {os.environ[name]}, but JAX finds no cluster of so many tasks. "
+                    f"Start them with srun or a mpirun that JAX knows, or tell each of them "
+                    f"{', '.join(SETTINGS)}; to train in one process only, start one with {name}=1"
+                ) from error
 
 
 def several() -> bool:

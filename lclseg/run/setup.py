@@ -8,7 +8,7 @@ import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import jax
 import optax
@@ -17,29 +17,30 @@ from ml_collections import ConfigDict
 from lclseg import evaluation, steps
 from lclseg.cores import usable_cores
 from lclseg.data import own_data, preprocess
-from lclseg.data.dataset import PreparedSet, open_prepared
-from lclseg.data.nifti import VolumeError
-from lclseg.data.splits import Split, SplitError, resolve_split
+from lclseg.data.dataset import PreparedSet, open_builder, open_prepared, preprocessing_of
+from lclseg.data.splits import Split, resolve_split
 from lclseg.methods import supervised
 from lclseg.methods.base import base_of, method_of
 from lclseg.methods.contract import Method
 from lclseg.models import Net, UNet
-from lclseg.pseudo_labels import PseudoLabelError
 from lclseg.random_keys import named_key
-from lclseg.run import devices, multihost
+from lclseg.run import devices, multihost, start_from
 from lclseg.run.config_checks import (
-    JOINT_ONLY,
-    MACHINE_KEYS,
     ConfigError,
+    check_classes,
     check_config,
-    differing_keys,
-    refused_changes,
     units_per_batch,
 )
-from lclseg.run.workdir import read_json, write_json, write_text
+from lclseg.run.stored_config import (
+    JOINT_ONLY,
+    MACHINE_KEYS,
+    as_now,
+    differing_keys,
+    refused_changes,
+    to_store,
+)
+from lclseg.run.workdir import LOCK, lock, read_json, write_json
 
-# What the user can mend; a program shows the message and no traceback.
-USER_ERRORS = (ConfigError, SplitError, VolumeError, PseudoLabelError, FloatingPointError)
 logger = logging.getLogger("lclseg")
 
 
@@ -89,6 +90,7 @@ class Run:
       programs: by kind of stage, "first" and "joint".
       predict: (replicated state, images [N, M, H, W]) -> probs [N, M, H, W, C], compiled.
       stop_asked: whether the run shall stop as soon as nothing is lost.
+      lock: holds the workdir against other runs until it is closed, see `workdir.lock`.
     """
 
     config: ConfigDict
@@ -101,6 +103,7 @@ class Run:
     programs: dict[str, Programs]
     predict: Callable
     stop_asked: Callable[[], bool]
+    lock: TextIO
 
 
 def set_up_process(config: ConfigDict) -> None:
@@ -109,7 +112,11 @@ def set_up_process(config: ConfigDict) -> None:
     Runs before JAX's first computation. The CPU becomes one JAX device per core, as far as the
     batch divides among them: XLA's CPU gradients hardly use threads; several devices do. No effect
     on GPU and TPU.
+
+    Raises:
+      ConfigError: see `check_config` and `multihost.connect`.
     """
+    check_config(config, num_devices=1)
     cluster = multihost.settings()
     cores = usable_cores()
     common = math.gcd(*units_per_batch(config).values())
@@ -126,16 +133,18 @@ def open_data(config: ConfigDict) -> tuple[PreparedSet, Split]:
     Raises:
       ConfigError, SplitError, VolumeError: before any work is lost.
     """
+    grid: dict[str, Any] = {
+        "image_size": config.data.image_size,
+        "target_spacing_mm": config.data.target_spacing_mm,
+        "n4_shrink_factor": config.data.n4_shrink_factor,
+        "data_dir": config.data.data_dir,
+        "options": own_data.builder_options(config.data),
+    }
+    # The builder knows the classes before it has prepared a volume.
+    builder = open_builder(config.data.name, **grid)
+    check_classes(config, preprocessing_of(builder).class_names)
     with multihost.first_goes_first():
-        prepared = open_prepared(
-            config.data.name,
-            image_size=config.data.image_size,
-            target_spacing_mm=config.data.target_spacing_mm,
-            n4_shrink_factor=config.data.n4_shrink_factor,
-            data_dir=config.data.data_dir,
-            manual_dir=config.data.manual_dir,
-            options=own_data.builder_options(config.data),
-        )
+        prepared = open_prepared(config.data.name, manual_dir=config.data.manual_dir, **grid)
     # Own data may be a mask to learn from, one to choose the checkpoint by, and no more.
     own = config.data.name == own_data.NAME
     split = resolve_split(config.data, prepared.volumes, may_lack_test=own)
@@ -153,6 +162,7 @@ def prepare(config: ConfigDict) -> str:
     Raises:
       ConfigError, SplitError, VolumeError: as a run would.
     """
+    check_config(config, num_devices=1)
     config, proposed = own_data.complete(config)
     check_config(config, num_devices=1)
     prepared, split = open_data(config)
@@ -173,9 +183,11 @@ def start_run(
       ConfigError, SplitError, VolumeError: before any work is lost.
     """
     check_config(config, num_devices=jax.device_count())
+    source = start_from.read_source(config)
     prepared, split = open_data(config)
     check_processes_agree(config, prepared)
     method = method_of(config, prepared.num_classes)
+    start_from.check_source(source, prepared, split, networks=method.networks)
     model = UNet(
         num_classes=prepared.num_classes,
         filters=tuple(config.model.filters),
@@ -193,7 +205,7 @@ def start_run(
             config, model, method.terms, method.views, method, joint.num_steps
         ),
     }
-    claim_workdir(config, workdir)
+    held = claim_workdir(config, workdir)
     # With it a prediction needs neither the prepared set nor the code that made it.
     how = preprocess.to_json(prepared.preprocessing)
     write_json(workdir / "preprocessing.json", how)
@@ -209,6 +221,7 @@ def start_run(
         programs=programs,
         predict=devices.compiled_predict(model),
         stop_asked=lambda: multihost.any_process(stop_asked()),
+        lock=held,
     )
 
 
@@ -273,7 +286,7 @@ def check_processes_agree(config: ConfigDict, prepared: PreparedSet) -> None:
             f"this process has {jax.local_device_count()} of {jax.device_count()} devices; wanted "
             f"as many in each of the {jax.process_count()} processes"
         )
-    own = json.loads(config.to_json_best_effort())
+    own = to_store(config)
     first = multihost.json_from_first(own)
     keys = [k for k in differing_keys(first, own) if k not in MACHINE_KEYS]
     if keys:
@@ -288,29 +301,38 @@ def check_processes_agree(config: ConfigDict, prepared: PreparedSet) -> None:
         )
 
 
-def claim_workdir(config: ConfigDict, workdir: Path) -> None:
+def claim_workdir(config: ConfigDict, workdir: Path) -> TextIO:
     """Creates the workdir with the config in it, or checks that its run can go on with this config.
 
     A run may be longer than it was, and go on elsewhere or on other devices; see `refused_changes`.
 
+    Returns:
+      The lock on the workdir; closing it, or the end of the process, gives the folder free.
+
     Raises:
       ConfigError: the folder holds something else, or a run that cannot go on with this config.
+      WorkdirError: another process has it.
     """
     path = workdir / "config.json"
-    text = config.to_json_best_effort(indent=2, sort_keys=True) + "\n"
-    if path.exists():
-        before = json.loads(path.read_text())
+    ours = {"config.partial", LOCK}  # of a run that ended before it began
+    if workdir.exists() and not path.exists():
+        if any(p.name not in ours for p in workdir.iterdir()):
+            raise ConfigError(f"{workdir} is not empty and no lclseg run; choose another --workdir")
+    workdir.mkdir(parents=True, exist_ok=True)
+    held = lock(workdir)
+    content = to_store(config)
+    before = read_json(path)
+    if before is not None:
         begun = [p.name for p in (workdir / "checkpoints").glob("*")]
-        keys = refused_changes(before, json.loads(text), begun)
+        keys = refused_changes(as_now(before), content, begun)
         if keys:
+            held.close()
             raise ConfigError(
                 f"{workdir} holds a run with other values of {', '.join(keys[:8])}; go on with its "
                 "config, or choose another --workdir"
             )
-    elif workdir.exists() and any(p.name != "config.partial" for p in workdir.iterdir()):
-        raise ConfigError(f"{workdir} is not empty and no lclseg run; choose another --workdir")
-    workdir.mkdir(parents=True, exist_ok=True)
-    write_text(path, text)
+    write_json(path, content)
+    return held
 
 
 def take_over_baseline(run: Run, results: dict) -> None:
@@ -323,8 +345,8 @@ def take_over_baseline(run: Run, results: dict) -> None:
     theirs = read_json(source / "results.json")
     if theirs is None or "baseline" not in theirs["results"]:
         raise ConfigError(f"rounds.baseline_from: no finished baseline in {source}")
-    ours = json.loads((run.workdir / "config.json").read_text())
-    keys = differing_keys(json.loads((source / "config.json").read_text()), ours)
+    stored = json.loads((source / "config.json").read_text())
+    keys = differing_keys(as_now(stored), to_store(run.config))
     keys = [k for k in keys if not k.startswith(JOINT_ONLY)]
     if keys:
         raise ConfigError(

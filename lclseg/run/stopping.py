@@ -6,6 +6,8 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from lclseg.run import multihost
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -13,13 +15,19 @@ class Interrupted(Exception):  # noqa: N818, not an error
     """The run stopped because it was asked to, with everything saved; the message tells where."""
 
 
-def disk_message(error: OSError, workdir: Path) -> str:
-    """One line on what the disk refused, and the way out."""
-    return (
-        f"{error.strerror or error}: {error.filename or workdir}. The run in {workdir} stopped; "
-        "what it had finished is intact, and once the disk is in order the same command goes on "
-        "from there"
-    )
+@contextlib.contextmanager
+def ending_on_disk_errors(workdir: Path) -> Iterator[None]:
+    """Ends the process at once with one line on what the disk refused, and the way out."""
+    try:
+        yield
+    except BrokenPipeError:  # no disk's
+        raise
+    except OSError as error:
+        multihost.end(
+            f"lclseg: {error.strerror or error}: {error.filename or workdir}. The run in {workdir} "
+            "stopped; what it had finished is intact, and once the disk is in order the same "
+            "command goes on from there"
+        )
 
 
 @contextlib.contextmanager

@@ -1,18 +1,25 @@
 """The JSON and text files of a workdir; each is whole at any moment."""
 
+import fcntl
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TextIO
 
 import jax
 from ml_collections import ConfigDict
 
 from lclseg.data.dataset import PreparedSet
 from lclseg.data.splits import Split
+from lclseg.errors import UserError
 
+# The file that is locked: what it says is for who reads it, the lock itself is the system's.
+LOCK = "lock"
+logger = logging.getLogger("lclseg")
 PACKAGES = ("lclseg", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
@@ -38,6 +45,46 @@ def new_results(config: ConfigDict, prepared: PreparedSet, split: Split) -> dict
         },
         "results": {},
     }
+
+
+class WorkdirError(UserError):
+    """A workdir that another process writes into; the message tells which, and the way out."""
+
+
+def lock(workdir: Path) -> TextIO:
+    """Locks a workdir for its one writer; to read it needs no lock.
+
+    The system gives the lock free when the file is closed or the process ends, however it ends.
+
+    Returns:
+      The open file.
+
+    Raises:
+      WorkdirError: another process has the lock.
+    """
+    path = workdir / LOCK
+    file = path.open("a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        owner = file.read().strip() or "another process"
+        file.close()
+        raise WorkdirError(
+            f"{workdir}: {owner} writes into it; wait until it has ended, or end it (the same "
+            "command goes on from there), or choose another --workdir"
+        ) from None
+    except OSError as error:  # a disk that has no locks
+        logger.warning(
+            "%s: the disk does not lock files (%s); see that no other run writes into this folder",
+            workdir,
+            error.strerror,
+        )
+        return file
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}\n")
+    file.flush()
+    return file
 
 
 def chosen_stage(stages: Mapping[str, dict]) -> str:

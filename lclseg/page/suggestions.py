@@ -1,0 +1,139 @@
+"""The page of suggestions: which volumes to label next, with what the network sees in them."""
+
+import html
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lclseg.data import own_data
+from lclseg.data.dataset import PreparedSet
+from lclseg.page import figures, pictures
+from lclseg.page.elements import document, figure, key, legend, note, section, table, text
+from lclseg.page.palette import PALETTE
+from lclseg.page.recorded import named
+from lclseg.page.tables import number
+
+if TYPE_CHECKING:  # at run time it imports this module
+    from lclseg.suggest import Suggestion
+
+
+def page(
+    config: dict,
+    about: dict,
+    prepared: PreparedSet,
+    network: Callable[[np.ndarray], np.ndarray],
+    suggestions: "Sequence[Suggestion]",
+) -> str:
+    """The page, as HTML.
+
+    Args:
+      config: of the run, read from JSON.
+      about: "workdir", "stage" and "step" of the model that looked.
+      prepared: the run's data set.
+      network: slices [S, H, W] -> class probabilities [S, H, W, C].
+      suggestions: the pool, the suggested volumes first.
+    """
+    title = f"{config['data']['name']}: which volume to label next"
+    chosen = [s for s in suggestions if s.rank is not None]
+    body = [
+        f"<header><h1>{text(title)}</h1><p>Run {text(about['workdir'])}, "
+        f"{text(named(about['stage']))}, step {about['step']}; {len(suggestions)} unlabelled "
+        "volumes.</p></header>",
+        section(2, "Suggested", *_suggested(chosen, prepared, network)),
+        section(2, "How to go on", *_how(config, about, chosen)),
+        section(2, "All unlabelled volumes", *_all(suggestions)),
+    ]
+    return document(title, body)
+
+
+def _suggested(
+    chosen: "Sequence[Suggestion]",
+    prepared: PreparedSet,
+    network: Callable[[np.ndarray], np.ndarray],
+) -> Iterator[str]:
+    keys = (key(n, c, "area") for n, c in zip(prepared.class_names, PALETTE * 40, strict=False))
+    yield legend(keys, "<span>areas: what the network sees</span>")
+    for s in chosen:
+        yield f"<h3>{s.rank}. {text(s.volume_id)}</h3>"
+        yield (
+            f"<p>Expected Dice {s.expected_dice:.2f}. A mask of it makes up for {s.gain:.0%} of "
+            "what the labelled volumes miss.</p>"
+        )
+        image, _ = prepared.read_slices(prepared.volumes[s.volume_id].slices)
+        probs = network(image)
+        label = probs.argmax(axis=-1)
+        doubt = (1 - probs.max(axis=-1)).sum(axis=(1, 2))
+        shown = {
+            int(np.count_nonzero(label, axis=(1, 2)).argmax()): "most foreground",
+            int(doubt.argmax()): "least certain",
+        }
+        box = pictures.box(list(label))
+        views = [
+            view
+            for index, words in sorted(shown.items())
+            for view in (
+                figure(
+                    figures.overlay(image[index][box], filled=None, outlined=None),
+                    f"slice {index + 1} of {len(image)}: {words}",
+                ),
+                figure(
+                    figures.overlay(image[index][box], filled=label[index][box], outlined=None),
+                    "the same, with the mask to start from",
+                ),
+            )
+        ]
+        yield f'<div class="pictures">{"".join(views)}</div>'
+
+
+def _how(config: dict, about: dict, chosen: "Sequence[Suggestion]") -> Iterator[str]:
+    data = config["data"]
+    yield (
+        "<p>Open an image with its mask, correct the mask, and save it under the name it has. In "
+        "3D Slicer: add both files, the mask as a segmentation. In ITK-SNAP:</p>"
+    )
+    image = next((s.image for s in chosen if s.image), "IMAGE")
+    mask = chosen[0].mask if chosen else "MASK"
+    yield f"<pre>itksnap -g {html.escape(image)} -s {html.escape(mask)}</pre>"
+    if data["name"] != own_data.NAME:
+        yield note(
+            f"The masks of {data['name']} hold class numbers, as all that a run writes; a data set "
+            "of a builder takes no masks from outside."
+        )
+        return
+    folder = Path(data["manual_dir"])
+    labels = folder / ("labels" if (folder / "images").is_dir() else "labelsTr")
+    yield (
+        f"<p>Put the corrected mask into {text(labels)}. The next run learns from it, keeps all "
+        "other roles, and starts from the weights of this run:</p>"
+    )
+    command = (
+        f"python -m lclseg.main --config=configs/nifti_folder.py \\\n"
+        f"  --config.data.manual_dir={folder} \\\n"
+        f"  --config.rounds.start_from={about['workdir']} \\\n"
+        "  --workdir=NEW_FOLDER"
+    )
+    yield f"<pre>{html.escape(command)}</pre>"
+
+
+def _all(suggestions: "Sequence[Suggestion]") -> Iterator[str]:
+    rows = [
+        [
+            s.volume_id,
+            str(s.rank or ""),
+            f"{s.expected_dice:.3f}",
+            f"{s.distance:.2f}",
+            number(s.gain, ".1%") if s.gain is not None else "",
+        ]
+        for s in suggestions
+    ]
+    marked = [n for n, s in enumerate(suggestions) if s.rank is not None]
+    yield table(["volume", "rank", "expected Dice", "unlike labelled", "gain"], rows, marked)
+    yield (
+        "<p>Expected Dice: the mean Dice of pairs of predictions of turned, scaled or mirrored "
+        "copies of the volume. It ranks volumes; it is too high where the network errs the same "
+        "way twice. Unlike labelled: distance to the nearest labelled volume by size and "
+        "brightness of its classes, in spreads of these. Gain: what all volumes miss less with a "
+        "mask of this one, where a volume misses (1 - expected Dice) times that distance.</p>"
+    )

@@ -1,0 +1,94 @@
+"""Starting from the weights of another run: whether they fit, and whether its masks leak."""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+from ml_collections import ConfigDict
+
+from lclseg.data.dataset import PreparedSet
+from lclseg.data.splits import Split
+from lclseg.run import multihost
+from lclseg.run.config_checks import ConfigError
+from lclseg.run.workdir import read_json
+
+ARCHITECTURE = ("filters", "embedding_dim")  # of config.model: they fix the weights' shapes
+
+
+class Source(NamedTuple):
+    """A run that another one starts from: its folder, and its JSON files."""
+
+    workdir: Path
+    config: dict
+    preprocessing: dict
+    splits: dict
+
+
+def read_source(config: ConfigDict) -> Source | None:
+    """The run that `rounds.start_from` names, None where it is empty; nothing is prepared for it.
+
+    Raises:
+      ConfigError: no run there, another architecture, a baseline from elsewhere too, or several
+        processes.
+    """
+    name = config.rounds.start_from
+    if not name:
+        return None
+    workdir = Path(name).expanduser().absolute()
+    if config.rounds.baseline_from:
+        raise ConfigError(
+            "rounds.start_from and rounds.baseline_from are both set; wanted one: the first starts "
+            "a baseline from weights, the second takes a finished baseline over"
+        )
+    if multihost.several():
+        raise ConfigError("rounds.start_from needs one process; found several: start the run alone")
+    theirs, preprocessing, splits = (
+        read_json(workdir / f"{n}.json") for n in ("config", "preprocessing", "splits")
+    )
+    if theirs is None or preprocessing is None or splits is None:
+        raise ConfigError(
+            f"rounds.start_from: found no run in {workdir}; wanted a --workdir with config.json, "
+            "preprocessing.json and splits.json"
+        )
+    ours = json.loads(config.model.to_json_best_effort())
+    for key in ARCHITECTURE:
+        if theirs["model"][key] != ours[key]:
+            raise ConfigError(
+                f"rounds.start_from: the run in {workdir} has model.{key} {theirs['model'][key]}, "
+                f"this one {ours[key]}; wanted the same: set --config.model.{key}"
+            )
+    return Source(workdir, theirs, preprocessing, splits)
+
+
+def check_source(
+    source: Source | None, prepared: PreparedSet, split: Split, *, networks: int
+) -> None:
+    """Raises ConfigError where classes differ, or the source has learnt from what this run tests.
+
+    And where the method trains several networks, which must not start alike. None: there is no
+    source, and nothing to check.
+    """
+    if source is None:
+        return
+    if networks > 1:
+        raise ConfigError(
+            f"rounds.start_from: the method trains {networks} networks, which learn from their "
+            "differences; wanted a method of one network: weights of a run would make them alike"
+        )
+    theirs = tuple(source.preprocessing["class_names"])
+    if theirs != prepared.class_names:
+        raise ConfigError(
+            f"rounds.start_from: the run in {source.workdir} has the classes {', '.join(theirs)}, "
+            f"this one {', '.join(prepared.class_names)}; wanted the same, in the same order"
+        )
+    if source.config["data"]["name"] != prepared.name:
+        return
+    learnt = set(source.splits["labeled"])
+    for role in ("validation", "test"):
+        leaks = sorted(learnt & set(getattr(split, role)))
+        if leaks:
+            raise ConfigError(
+                f"rounds.start_from: the run in {source.workdir} has learnt from the masks of "
+                f"{', '.join(leaks[:8])}, which are this run's {role} volumes; take them out of "
+                f"data.{role}"
+            )

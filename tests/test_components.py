@@ -1,0 +1,119 @@
+"""The largest component, against a flood fill and by hand."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from lclseg.components import largest_component
+from lclseg.losses import IGNORE
+
+
+def flood_fill(label, num_classes, connectivity):
+    """The same, pixel by pixel: the first of the largest components of each class stays."""
+    steps = [
+        step
+        for step in itertools.product((-1, 0, 1), repeat=label.ndim)
+        if 0 < np.abs(step).sum() <= connectivity
+    ]
+    kept = np.where((label > 0) & (label < num_classes), 0, label)
+    for k in range(1, num_classes):
+        waiting = {tuple(p) for p in np.argwhere(label == k)}
+        largest = []
+        for start in sorted(waiting):
+            if start not in waiting:
+                continue
+            waiting.remove(start)
+            component, border = [start], [start]
+            while border:
+                pixel = border.pop()
+                for step in steps:
+                    neighbour = tuple(np.add(pixel, step))
+                    if neighbour in waiting:
+                        waiting.remove(neighbour)
+                        component.append(neighbour)
+                        border.append(neighbour)
+            if len(component) > len(largest):
+                largest = component
+        for pixel in largest:
+            kept[pixel] = k
+    return kept
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(
+    ("shape", "connectivity"),
+    [((4, 7, 6), 1), ((4, 7, 6), 2), ((4, 7, 6), 3), ((9, 8), 1), ((9, 8), 2)],
+)
+def test_equals_a_flood_fill(shape, connectivity, seed):
+    """Sparse noise of three classes: many components, and many of one size."""
+    rng = np.random.default_rng(seed)
+    label = rng.choice(4, shape, p=[0.55, 0.15, 0.15, 0.15]).astype(np.uint8)
+    found = largest_component(label, 4, connectivity)
+    np.testing.assert_array_equal(found, flood_fill(label, 4, connectivity))
+    assert (found != label).any()
+
+
+@pytest.mark.parametrize("shape", [(4, 7, 6), (9, 8)])
+def test_all_neighbours_count_by_default(shape):
+    label = np.random.default_rng(0).choice(3, shape, p=[0.8, 0.1, 0.1])
+    np.testing.assert_array_equal(largest_component(label, 3), flood_fill(label, 3, len(shape)))
+
+
+def test_touching_at_a_corner():
+    """One component in 26-connectivity; in 6-connectivity two of one size, and the first stays."""
+    label = np.zeros((2, 2, 2), np.uint8)
+    label[0, 0, 0] = label[1, 1, 1] = 1
+    np.testing.assert_array_equal(largest_component(label, 2), label)
+    first = np.zeros_like(label)
+    first[0, 0, 0] = 1
+    np.testing.assert_array_equal(largest_component(label, 2, connectivity=1), first)
+
+
+def test_slices_are_connected_through_the_volume():
+    """A class in two pieces on a slice that meet on the next: one component in 3-D only."""
+    label = np.array([[[2, 0, 2, 2]], [[2, 2, 2, 0]]], np.int64)
+    found = largest_component(label, 3)
+    np.testing.assert_array_equal(found, label)
+    assert found.dtype == np.int64
+    np.testing.assert_array_equal(largest_component(label[0], 3), [[0, 0, 2, 2]])
+
+
+def test_classes_do_not_join():
+    """Each class has its own largest component, through no pixel of another."""
+    label = np.array([[1, 1, 2, 1, 2, 2]], np.uint8)
+    np.testing.assert_array_equal(largest_component(label, 3), [[1, 1, 0, 0, 2, 2]])
+
+
+def test_pixels_of_no_class_stay():
+    label = np.array([[IGNORE, 0, IGNORE, 1, 0, 1, 1, 3]], np.uint8)
+    expected = [[IGNORE, 0, IGNORE, 0, 0, 1, 1, 3]]
+    np.testing.assert_array_equal(largest_component(label, 3), expected)
+
+
+@pytest.mark.parametrize("value", [0, 1, IGNORE])
+def test_one_value_everywhere(value):
+    label = np.full((2, 3, 4), value, np.uint8)
+    np.testing.assert_array_equal(largest_component(label, 3), label)
+
+
+def test_the_label_given_is_not_changed():
+    label = np.array([[1, 0, 1, 1]], np.uint8)
+    label.flags.writeable = False
+    np.testing.assert_array_equal(largest_component(label, 2), [[0, 0, 1, 1]])
+    assert label.tolist() == [[1, 0, 1, 1]]
+
+
+@pytest.mark.parametrize(
+    ("label", "connectivity", "error", "message"),
+    [
+        (np.zeros(4, int), None, ValueError, r"\(4,\); wanted \[S, H, W\] or \[H, W\]"),
+        (np.zeros((1, 2, 3, 4), int), None, ValueError, r"\(1, 2, 3, 4\)"),
+        (np.zeros((2, 3)), None, TypeError, "float64; wanted integers"),
+        (np.zeros((2, 3), int), 3, ValueError, "connectivity 3; wanted 1 to 2"),
+        (np.zeros((2, 3, 4), int), 0, ValueError, "connectivity 0; wanted 1 to 3"),
+    ],
+)
+def test_what_does_not_fit_is_named(label, connectivity, error, message):
+    with pytest.raises(error, match=message):
+        largest_component(label, 2, connectivity)

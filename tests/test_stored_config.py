@@ -1,0 +1,133 @@
+"""Configs beside runs: the lists in place of tables, and comparisons that outlive versions."""
+
+import json
+import runpy
+from pathlib import Path
+
+import pytest
+
+from lclseg.run import stored_config
+from lclseg.run.setup import claim_workdir
+from lclseg.run.stored_config import as_now, differing_keys, refused_changes, to_store
+
+ROOT = Path(__file__).parents[1]
+
+
+def phantom(method="local_contrastive", **overrides):
+    config = runpy.run_path(str(ROOT / "configs" / "phantom.py"))["get_config"](method)
+    config.update_from_flattened_dict({k.replace("__", "."): v for k, v in overrides.items()})
+    return config
+
+
+def test_lists_are_stored_and_no_tables():
+    data = to_store(phantom(data__split="c2"))["data"]
+    assert not {"splits", "pool", "test_patients"} & data.keys()
+    assert data["labeled"] == ["phantom_001"]
+    assert data["validation"] == ["phantom_042", "phantom_043"]
+    assert data["unlabeled"] == [f"phantom_{n:03d}" for n in range(42) if n != 1]
+    assert data["test"] == [f"phantom_{n:03d}" for n in range(44, 64)]
+
+
+def test_stored_twice_is_stored_once():
+    once = to_store(phantom())
+    assert as_now(once) == once
+
+
+def test_a_new_split_or_pool_elsewhere_leaves_a_run_as_it_is():
+    before, config = to_store(phantom()), phantom()
+    config.data.splits["1"]["c9"] = {"labeled": ("phantom_009",), "validation": ("phantom_008",)}
+    assert differing_keys(before, to_store(config)) == []
+    # But another patient in the run's own lists is told.
+    config.data.splits["1"]["c1"]["labeled"] = ("phantom_009",)
+    assert differing_keys(before, to_store(config)) == ["data.labeled", "data.unlabeled"]
+
+
+@pytest.mark.parametrize(
+    ("key", "other"),
+    [
+        ("crf.num_steps", 7),
+        ("rounds.fresh_heads", False),
+        ("pseudo_labels.largest_component", True),
+        ("augment.strength", "strong"),
+    ],
+)
+def test_an_absent_key_stands_for_its_default(key, other):
+    """As before there was the key: equal to a run with the default, and to no other."""
+    group, name = key.split(".")
+    default = runpy.run_path(str(ROOT / "configs" / "default.py"))["get_config"]()[group][name]
+    old = to_store(phantom())
+    del old[group][name]
+    same, different = phantom(), phantom()
+    same[group][name], different[group][name] = default, other
+    assert differing_keys(as_now(old), to_store(same)) == []
+    assert differing_keys(as_now(old), to_store(different)) == [key]
+
+
+def test_a_whole_group_may_be_absent():
+    old = to_store(phantom())
+    del old["pseudo_labels"]
+    assert differing_keys(as_now(old), to_store(phantom())) == []
+
+
+def test_a_key_that_no_version_knows_is_a_difference():
+    old = to_store(phantom())
+    old["augment"]["wobble"] = 0
+    assert differing_keys(as_now(old), to_store(phantom())) == ["augment.wobble"]
+
+
+def test_keys_that_moved_and_keys_that_are_gone():
+    """A config of before the methods, by hand."""
+    old, method = to_store(phantom()), None
+    method = old.pop("method")
+    old["data"]["pairs"] = method["pairs"]
+    old["data"]["view_min_classes"] = method["view_min_classes"]
+    for key in ("contrastive_weight", "temperature", "pixels_per_class", "matching"):
+        old["loss"][key] = method[key]
+    old["loss"]["separate_batch_norm"] = False
+    old["rounds"]["calibration_batches"] = old["rounds"].pop("batch_norm_batches")
+    assert differing_keys(as_now(old), to_store(phantom())) == []
+    old["loss"]["temperature"] = 0.5
+    old["loss"]["separate_batch_norm"] = True
+    assert differing_keys(as_now(old), to_store(phantom())) == [
+        "loss.separate_batch_norm",
+        "method.temperature",
+    ]
+
+
+def test_a_method_keeps_its_own_options_only():
+    stored = to_store(phantom("self_training"))
+    assert stored["method"].keys() == {"name", "weight", "copy_paste"}
+    assert "method.name" in differing_keys(stored, to_store(phantom()))
+
+
+def test_without_the_config_files_an_absent_key_is_refused(monkeypatch, tmp_path):
+    """As where lclseg is installed without them: too careful rather than too easy."""
+    old = to_store(phantom())
+    del old["crf"]["num_steps"]
+    now = to_store(phantom())
+    monkeypatch.setattr(stored_config, "CONFIGS", tmp_path)
+    stored_config._defaults.cache_clear()
+    try:
+        assert differing_keys(as_now(old), now) == ["crf.num_steps"]
+    finally:
+        stored_config._defaults.cache_clear()
+
+
+def test_what_a_run_may_change_when_it_goes_on():
+    before = to_store(phantom())
+    longer = to_store(phantom(rounds__num_rounds=4, rounds__baseline_steps=600, log__every=7))
+    assert refused_changes(before, longer, begun=["baseline"]) == []
+    assert refused_changes(before, longer, begun=["baseline", "round_1"]) == [
+        "rounds.baseline_steps"
+    ]
+
+
+def test_a_workdir_of_an_older_version_goes_on(tmp_path):
+    """config.json as it was: tables whole, and a key less."""
+    content = json.loads(phantom().to_json_best_effort())
+    del content["pseudo_labels"]["largest_component"]
+    assert "splits" in content["data"]
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    claim_workdir(phantom(), tmp_path).close()
+    data = json.loads((tmp_path / "config.json").read_text())["data"]
+    assert "splits" not in data and data["labeled"] == ["phantom_000"]

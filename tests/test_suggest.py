@@ -1,0 +1,252 @@
+"""The clinic's loop: train, ask which volume is next, correct its mask, train on."""
+
+import csv
+import json
+import runpy
+import shutil
+from pathlib import Path
+
+import jax
+import nibabel as nib
+import numpy as np
+import pytest
+
+from lclseg import model_files, predict, suggest, train
+from lclseg.data import own_data
+from lclseg.data.splits import SplitError
+from lclseg.page.recorded import RunError
+from lclseg.run import devices
+from lclseg.run.config_checks import ConfigError
+from lclseg.run.setup import start_run
+
+ROOT = Path(__file__).parents[1]
+VALUES = (3, 300)  # of the classes in the files: no class numbers, and no uint8
+MASKED, CASES = 3, 6
+
+
+def write_case(folder, number, *, with_mask):
+    """Two bright boxes on noise; the masks hold `VALUES`. The slices lie along axis 0."""
+    rng = np.random.default_rng(number)
+    image = rng.normal(0, 0.1, (4, 30, 28)).astype(np.float32)
+    label = np.zeros(image.shape, np.uint16)
+    top = 4 + number
+    for value, (x, y), brightness in ((VALUES[0], (top, 5), 1.0), (VALUES[1], (top, 15), 2.0)):
+        label[1:3, x : x + 8, y : y + 8] = value
+        image[1:3, x : x + 8, y : y + 8] += brightness
+    affine = np.diag([4.0, 1.0, -1.0, 1.0])
+    affine[:3, 3] = (number, -7, 11)
+    for part, data in (("images", image), ("labels", label)):
+        if part == "images" or with_mask:
+            (folder / part).mkdir(parents=True, exist_ok=True)
+            nib.save(nib.Nifti1Image(data, affine), folder / part / f"c{number}.nii.gz")
+
+
+def config_of(folder, data_dir, **rounds):
+    config = runpy.run_path(str(ROOT / "configs" / "nifti_folder.py"))["get_config"]()
+    config.data.manual_dir, config.data.data_dir = str(folder), str(data_dir)
+    config.data.update(labeled_batch_size=4, num_labeled="1")
+    config.method.pairs.update(labeled_self=1, pseudo_self=1, labeled_pseudo=1, pseudo_pseudo=1)
+    config.model.filters = (4,)
+    config.rounds.update(baseline_steps=12, steps_per_round=2, num_rounds=1, eval_every=6)
+    config.rounds.batch_norm_batches = 1
+    config.rounds.update(rounds)
+    return config
+
+
+@pytest.fixture(scope="module")
+def loop(tmp_path_factory):
+    """(folder of images and masks, prepared sets, workdir, what its run found)."""
+    root = tmp_path_factory.mktemp("loop")
+    for number in range(CASES):
+        write_case(root / "files", number, with_mask=number < MASKED)
+    workdir = root / "run"
+    results = train.train_and_evaluate(config_of(root / "files", root / "prepared"), workdir)
+    return root / "files", root / "prepared", workdir, results
+
+
+@pytest.fixture(scope="module")
+def suggested(loop, tmp_path_factory):
+    output = tmp_path_factory.mktemp("suggested") / "new"
+    return output, suggest.suggest(loop[2], output, count=2, draws=2)
+
+
+def test_the_pool_is_ranked(loop, suggested):
+    _, _, _, results = loop
+    _, found = suggested
+    assert sorted(s.volume_id for s in found) == sorted(results["volumes"]["unlabeled"])
+    assert [s.rank for s in found] == [1, 2, None]
+    assert all(0 <= s.expected_dice <= 1 and s.distance > 0 for s in found)
+    assert 0 < found[0].gain <= 1 and found[2].gain is None
+
+
+def test_others_follow_from_low_to_high():
+    rng = np.random.default_rng(0)
+    pool = {
+        v: suggest.Looked(q, rng.random(5))
+        for v, q in zip("abcd", (0.9, 0.2, 0.7, 0.4), strict=True)
+    }
+    found = suggest.rank(pool, [suggest.Looked(None, rng.random(5))], 1, {})
+    qualities = [s.expected_dice for s in found[1:]]
+    assert qualities == sorted(qualities)
+    assert sorted(s.volume_id for s in found) == list("abcd")
+
+
+def test_masks_to_start_from_are_predictions_on_their_images(loop, suggested, tmp_path):
+    folder, _, workdir, _ = loop
+    output, found = suggested
+    names = {f"{s.volume_id}.nii.gz" for s in found[:2]}
+    assert {p.name for p in (output / "masks").iterdir()} == names
+    predict.predict_files([workdir], folder / "images", tmp_path / "out")
+    for name in names:
+        mask, image = nib.load(output / "masks" / name), nib.load(folder / "images" / name)
+        assert mask.shape == image.shape
+        np.testing.assert_allclose(mask.affine, image.affine)
+        values = np.asarray(mask.dataobj)
+        assert set(np.unique(values)) <= {0, *VALUES} and values.any()
+        np.testing.assert_array_equal(values, np.asarray(nib.load(tmp_path / "out" / name).dataobj))
+
+
+def test_tables_and_page(loop, suggested):
+    folder, _, workdir, _ = loop
+    output, found = suggested
+    with (output / "suggestions.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [r["volume_id"] for r in rows] == [s.volume_id for s in found]
+    assert rows[0]["image"] == str(folder / "images" / f"{found[0].volume_id}.nii.gz")
+    assert (output / rows[0]["mask"]).exists() and rows[2]["rank"] == rows[2]["mask"] == ""
+    assert float(rows[1]["expected_dice"]) == pytest.approx(found[1].expected_dice, abs=1e-4)
+    stored = json.loads((output / "suggestions.json").read_text())
+    assert stored["volumes"][0]["gain"] == found[0].gain
+    assert stored["model"]["workdir"] == str(workdir)
+    page = (output / "suggestions.html").read_text()
+    assert all(s.volume_id in page for s in found)
+    assert f"--config.rounds.start_from={workdir}" in page and "itksnap" in page
+    assert page.count("<svg") >= 4
+
+
+def test_corrected_masks_are_never_overwritten(loop, suggested):
+    with pytest.raises(RunError, match="corrected masks may lie there: choose another --output"):
+        suggest.suggest(loop[2], suggested[0])
+
+
+def test_the_command(loop, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(devices, "set_up_jax", lambda devices: None)
+    output = tmp_path / "s"
+    argv = ["--workdir", str(loop[2]), "--output", str(output), "--draws", "1", "--stage", "last"]
+    suggest.main(argv)
+    out = capsys.readouterr().out
+    assert "expected Dice" in out and f"{output}/suggestions.html" in out
+    with pytest.raises(SystemExit, match="not an empty folder"):
+        suggest.main(argv)
+    with pytest.raises(SystemExit):
+        suggest.main([*argv, "--count", "0"])
+    assert "--count is 0; wanted 1 or more" in capsys.readouterr().err
+
+
+def test_other_data_sets_get_class_numbers(tiny_run, tmp_path):
+    """The phantom has no files: its mask lies where the run's own pseudo-labels do."""
+    workdir, results = tiny_run
+    (volume_id,) = results["volumes"]["unlabeled"]
+    (found,) = suggest.suggest(workdir, tmp_path / "s", draws=1)
+    assert found.volume_id == volume_id
+    mask = nib.load(tmp_path / "s" / "masks" / f"{volume_id}.nii.gz")
+    theirs = nib.load(workdir / "pseudo_labels" / "round_1" / f"{volume_id}.nii.gz")
+    np.testing.assert_allclose(mask.affine, theirs.affine)
+    assert mask.shape == theirs.shape
+    assert "takes no masks from outside" in (tmp_path / "s" / "suggestions.html").read_text()
+
+
+def test_a_corrected_mask_is_learnt_from(loop, suggested, tmp_path):
+    """The next run keeps every role, learns from the new mask and starts from the weights."""
+    folder, data_dir, workdir, before = loop
+    new = suggested[1][0].volume_id
+    shutil.copytree(folder, tmp_path / "files", copy_function=shutil.copy2)
+    shutil.copy(
+        suggested[0] / "masks" / f"{new}.nii.gz", tmp_path / "files" / "labels" / f"{new}.nii.gz"
+    )
+    config = config_of(tmp_path / "files", data_dir, start_from=str(workdir), baseline_steps=2)
+    whole, text = own_data.complete(config)
+    assert f"1 new masks to learn from: {new}" in text
+    run = start_run(whole, tmp_path / "run")
+    state, source = train.first_state(run), model_files.load_run(workdir)
+    for ours, theirs in zip(
+        jax.tree.leaves((state.ema_params, state.batch_stats)),
+        jax.tree.leaves((source.state.ema_params, source.state.batch_stats)),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(ours, theirs)
+
+    results = train.train_and_evaluate(config, tmp_path / "run")
+    volumes = results["volumes"]
+    assert set(volumes["labeled"]) == {*before["volumes"]["labeled"], new}
+    assert set(volumes["unlabeled"]) == {*before["volumes"]["unlabeled"]} - {new}
+    for role in ("validation", "test"):
+        assert volumes[role] == before["volumes"][role]
+
+
+def write_source(folder, **data):
+    folder.mkdir(parents=True)
+    known = {"name": "nifti_folder", "labeled": ["a"], "validation": ["b"], "test": ["c"]}
+    text = json.dumps({"data": known | {"with_mask": ["a", "b", "c", "d"]} | data})
+    (folder / "config.json").write_text(text)
+    return str(folder)
+
+
+NONE_GIVEN = dict.fromkeys(("labeled", "unlabeled", "validation", "test"), ())
+
+
+def test_roles_are_kept(tmp_path):
+    """d had a mask before and learnt nothing; e has got one since."""
+    source = write_source(tmp_path / "run")
+    kept, notes = own_data.keep_roles(source, set("abcde"), NONE_GIVEN, -1)
+    assert kept == NONE_GIVEN | {"labeled": ("a", "e"), "validation": ("b",), "test": ("c",)}
+    assert notes == [f"roles as in {source}; 1 new masks to learn from: e"]
+    kept, _ = own_data.keep_roles(source, set("abcde"), NONE_GIVEN | {"labeled": ("d",)}, 0)
+    assert kept == NONE_GIVEN | {"labeled": ("d",), "test": ("c",)}
+    for other in (
+        write_source(tmp_path / "set", name="acdc"),
+        write_source(tmp_path / "cases", test=["z"]),
+        str(tmp_path / "nothing"),
+        "",
+    ):
+        assert own_data.keep_roles(other, set("abcde"), NONE_GIVEN, -1) == (NONE_GIVEN, [])
+
+
+def test_roles_of_an_older_run(tmp_path):
+    path = Path(write_source(tmp_path / "run")) / "config.json"
+    content = json.loads(path.read_text())
+    del content["data"]["with_mask"]
+    path.write_text(json.dumps(content))
+    with pytest.raises(SplitError, match=r"config\.json does not tell which cases had a mask"):
+        own_data.keep_roles(str(path.parent), set("abcde"), NONE_GIVEN, -1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.model.update(filters=(4, 8)), r"model.filters \[4\], this one \[4, 8\]"),
+        (lambda c: c.rounds.update(start_from="/nowhere"), "found no run in /nowhere"),
+        (lambda c: c.rounds.update(baseline_from="/x"), "are both set; wanted one"),
+        (lambda c: c.data.update(class_names=("x", "y")), "has the classes class_3, class_300"),
+    ],
+)
+def test_weights_that_do_not_fit(loop, tmp_path, change, message):
+    """Refused before the workdir is touched."""
+    folder, data_dir, workdir, _ = loop
+    config = config_of(folder, data_dir, start_from=str(workdir))
+    change(config)
+    with pytest.raises(ConfigError, match=message):
+        train.train_and_evaluate(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_no_volume_is_tested_on_that_the_weights_know(loop, tmp_path):
+    folder, data_dir, workdir, results = loop
+    volumes = results["volumes"]
+    config = config_of(folder, data_dir, start_from=str(workdir))
+    config.data.update(labeled=tuple(volumes["test"]), test=tuple(volumes["labeled"]))
+    with pytest.raises(
+        ConfigError, match=f"learnt from the masks of {volumes['labeled'][0]}.*test"
+    ):
+        train.train_and_evaluate(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
