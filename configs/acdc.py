@@ -57,6 +57,8 @@ def get_config(method: str = "local_contrastive") -> ConfigDict:
     config = get_default(method)
     data = config.data
     data.name = "acdc"
+    # end_diastolic; both; both_in_pool: the end-systolic ones of unlabelled patients alone.
+    data.frames = "end_diastolic"
     data.image_size = 192
     data.target_spacing_mm = 1.36719
     data.n4_shrink_factor = 4

@@ -236,6 +236,19 @@ def test_acdc_folders(tmp_path, below):
     assert [c.label is None for c in cases] == [False, True, False]
 
 
+def test_acdc_end_systole_follows_end_diastole(tmp_path):
+    """The later frame too, where it is asked for: a volume of its own, of the same patient."""
+    image, label = make_volume(0, (20, 20, 2), 4)
+    for name, data in (("frame12", image), ("frame12_gt", label), ("frame01", image)):
+        write(tmp_path / "patient003" / f"patient003_{name}.nii.gz", data, (1, 1, 8))
+    cases = acdc.find_cases(tmp_path, both_frames=True)
+    assert [(c.volume_id, c.patient_id, c.label is None) for c in cases] == [
+        ("patient003_frame01", "patient003", True),
+        ("patient003_frame12", "patient003", False),
+    ]
+    assert [c.volume_id for c in acdc.find_cases(tmp_path)] == ["patient003_frame01"]
+
+
 def test_acdc_files_that_were_unpacked(tmp_path):
     """.nii in place of .nii.gz, as some downloads have them."""
     image, label = make_volume(0, (20, 20, 2), 4)

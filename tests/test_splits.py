@@ -160,6 +160,21 @@ def test_splits_are_by_patient_whatever_the_volumes(data):
     assert split.test == ("J_a", "J_b", "H_a")
 
 
+def test_further_frames_of_unlabelled_patients_alone(data):
+    """B is unlabelled, C labelled, F validates and J tests; each has two volumes."""
+    volumes = index_of(*"ABCDEFGHIJ", two_frames="BCFJ")
+    data.frames = "both_in_pool"
+    split = resolve_split(data, volumes)
+    assert split.unlabeled[:2] == ("B_a", "B_b")
+    assert (split.labeled, split.validation, split.test) == (
+        ("C_a",),
+        ("A_a", "F_a"),
+        ("J_a", "H_a"),
+    )
+    data.frames = "both"
+    assert resolve_split(data, volumes).labeled == ("C_a", "C_b")
+
+
 @pytest.mark.parametrize(
     ("absent", "role", "count"),
     [("C", "labeled", "1 of 1"), ("EG", "unlabeled", "2 of 4"), ("F", "validation", "1 of 2")],
@@ -207,7 +222,7 @@ def config(request):
 
 
 def test_lists_of_the_config_files(config):
-    """Every split: disjoint by patient, as many labelled as it says, a validation pair."""
+    """Every split: disjoint by patient, as many labelled as it says, validation patients."""
     data = config.data
     patients = {*data.pool, *data.test_patients}
     for splits in data.splits.values():
@@ -220,7 +235,7 @@ def test_lists_of_the_config_files(config):
             resolved = resolve_split(data, entries)
             counts = [len(ids) for ids in resolved]
             assert len(set().union(*resolved)) == sum(counts), (num_labeled, name)
-            assert counts[2] == len(split.validation) == 2
+            assert counts[2] == len(split.validation) == (10 if data.image_size == 256 else 2)
             assert counts[3] == len(data.test_patients)
             assert counts[0] == len(split.labeled)
             if num_labeled == "all":  # nobody of the pool is left over

@@ -226,7 +226,8 @@ def resolve_split(
     """Turns the patient lists of `config.data`, see `choose_lists`, into volume ids.
 
     Args:
-      data_config: `config.data`.
+      data_config: `config.data`; its `frames`, "both_in_pool", lets the unlabelled patients alone
+        have more volumes than their first.
       volumes: index of the prepared set.
       may_lack_test: a run without test patients will do.
 
@@ -255,6 +256,8 @@ def resolve_split(
                 f"data.{role}, or add the files and prepare the set anew"
             )
         entries = [e for p in patients for e in volumes_of[p]]
+        if role != "unlabeled" and data_config.get("frames") == "both_in_pool":
+            entries = [volumes_of[p][0] for p in patients]
         blind = [e.volume_id for e in entries if not e.has_label]
         if role != "unlabeled" and blind:
             raise SplitError(

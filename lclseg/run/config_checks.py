@@ -124,6 +124,11 @@ OWN_DATA_RULES: dict[str, Rule] = {
     "data.with_mask": NAMES,
     "data.draw_seed": whole(0),
 }
+# Of single data sets.
+SET_RULES: dict[str, dict[str, Rule]] = {
+    own_data.NAME: OWN_DATA_RULES,
+    "acdc": {"data.frames": one_of("end_diastolic", "both", "both_in_pool")},
+}
 OPEN = {"data.image_size": 0, "data.target_spacing_mm": 0}
 
 
@@ -162,9 +167,7 @@ def units_per_batch(config: ConfigDict) -> dict[str, int]:
 
 def _rules_of(values: Mapping[str, Any]) -> tuple[dict[str, Rule], str]:
     """The rules of a config's keys, and what is wrong with the method's name, "" if nothing."""
-    rules = dict(RULES)
-    if values.get("data.name") == own_data.NAME:
-        rules |= OWN_DATA_RULES
+    rules = RULES | SET_RULES.get(values.get("data.name", ""), {})
     name = values.get("method.name")
     if not RULES["method.name"].holds(name):
         return rules, ""

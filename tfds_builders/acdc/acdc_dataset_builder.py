@@ -1,5 +1,6 @@
 """ACDC (Automated Cardiac Diagnosis Challenge): short-axis cine MR, RV, myocardium, LV."""
 
+import dataclasses
 import functools
 import re
 from pathlib import Path
@@ -12,11 +13,33 @@ from tfds_builders import slices
 CLASS_NAMES = ("RV", "MYO", "LV")
 
 
-def find_cases(folder: Path) -> list[slices.Case]:
+@dataclasses.dataclass(eq=False)
+class AcdcConfig(slices.GridConfig):
+    """Grid, and which frames are prepared.
+
+    Attributes:
+      both_frames: the end-systolic frame too, not the end-diastolic one alone.
+    """
+
+    both_frames: bool = False
+
+
+def grid_config(*, both_frames: bool = False, **grid) -> AcdcConfig:
+    """An AcdcConfig with the values of `slices.grid_config`, in a folder of its own."""
+    base = dataclasses.asdict(slices.grid_config(**grid))
+    base["name"] += "_both" if both_frames else ""
+    return AcdcConfig(**base, both_frames=both_frames)
+
+
+def find_cases(folder: Path, *, both_frames: bool = False) -> list[slices.Case]:
     """The end-diastolic frame of every patient; raises VolumeError on a folder unlike ACDC's.
 
     End diastole is the earlier of the two frames published as 3-D files: `_frame01`, but
-    `_frame04` for patient090.
+    `_frame04` for patient090. The later one is end systole.
+
+    Args:
+      folder: that holds the patients' folders.
+      both_frames: the end-systolic frame of every patient too, after the other.
     """
     places = [folder, folder / "training", folder / "database" / "training"]
     root = next((p for p in places if any(p.glob("patient[0-9][0-9][0-9]"))), None)
@@ -37,17 +60,16 @@ def find_cases(folder: Path) -> list[slices.Case]:
             raise nifti.VolumeError(
                 f"{patient}: no {patient.name}_frameFF.nii.gz in it; unpack the archive again"
             )
-        image = frames[0]
-        volume_id = image.name.removesuffix(".gz").removesuffix(".nii")
-        label = image.with_name(image.name.replace(volume_id, f"{volume_id}_gt"))
-        cases.append(
-            slices.Case(volume_id, patient.name, str(image), str(label) if label.exists() else None)
-        )
+        for image in frames if both_frames else frames[:1]:
+            volume_id = image.name.removesuffix(".gz").removesuffix(".nii")
+            label = image.with_name(image.name.replace(volume_id, f"{volume_id}_gt"))
+            mask = str(label) if label.exists() else None
+            cases.append(slices.Case(volume_id, patient.name, str(image), mask))
     return cases
 
 
 class Builder(tfds.core.GeneratorBasedBuilder):
-    """Slices of the end-diastolic ACDC volumes, from `manual_dir`."""
+    """Slices of the ACDC volumes, end-diastolic or both, from `manual_dir`."""
 
     VERSION = tfds.core.Version("1.1.0")
     RELEASE_NOTES = {"1.1.0": "Records compressed as a whole.", "1.0.0": "First release."}
@@ -73,4 +95,5 @@ class Builder(tfds.core.GeneratorBasedBuilder):
 
     def _generate_examples(self, folder: Path):
         load = functools.partial(slices.load_nifti, num_classes=len(CLASS_NAMES) + 1)
-        yield from slices.generate_examples(self, find_cases(folder), load)
+        cases = find_cases(folder, both_frames=self.builder_config.both_frames)
+        yield from slices.generate_examples(self, cases, load)
