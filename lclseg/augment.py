@@ -314,11 +314,11 @@ def strong_geometry(
     low, high = (math.log(s) for s in scale_range)
     scale = (low + high) / 2 + level * (high - low) / 2
     magnify = jnp.exp(jnp.array([scale + aspect / 2, scale - aspect / 2]))
-    matrix = rotation_matrix(angle) / magnify
+    matrix = rotation_matrix(angle) / magnify[None]
     if any_orientation:
         flip, turn = jax.random.uniform(turn_key, (2,))
         turned = rotation_matrix(jnp.floor(4 * turn) * (jnp.pi / 2))
-        turned = turned * jnp.where(flip < 0.5, jnp.array([1.0, -1.0]), 1.0)
+        turned = turned * jnp.where(flip < 0.5, jnp.array([[1.0, -1.0]]), 1.0)
         matrix = jnp.stack(  # written out, as in `warp_coordinates`
             [turned[i, 0] * matrix[0] + turned[i, 1] * matrix[1] for i in (0, 1)]
         )
