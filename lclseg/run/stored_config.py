@@ -1,8 +1,9 @@
 """A config as it is stored beside a run, and how two of them compare.
 
 Stored are the lists of patients that the run has, not the tables they were chosen from. So a
-further split, config key or data set leaves every stored run as it is: a key that one side lacks
-stands for its default, a key that is gone for what the code has done since.
+further split, config key or data set leaves every stored run as it is: a key that is missing stands
+for its default, which is what was done before there was the key. A key that no config has any more
+is a difference: code without it may do something else.
 """
 
 import contextlib
@@ -11,7 +12,6 @@ import json
 import runpy
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -20,27 +20,8 @@ from lclseg.data.splits import ROLES, SplitError, choose_lists
 # Of the checkout that this code belongs to. A wheel has none: there a key that one side lacks is a
 # difference, which refuses too much rather than too little.
 CONFIGS = Path(__file__).parents[2] / "configs"
-MISSING = object()
 # What the lists are chosen from.
 TABLES = ("splits", "pool", "test_patients")
-# Keys that have moved, whole groups too.
-MOVED = {
-    "data.pairs": "method.pairs",
-    "data.view_min_classes": "method.view_min_classes",
-    "loss.contrastive_weight": "method.contrastive_weight",
-    "loss.temperature": "method.temperature",
-    "loss.pixels_per_class": "method.pixels_per_class",
-    "loss.matching": "method.matching",
-    "loss.include_background": "method.include_background",
-    "loss.pseudo_label_weight": "method.pseudo_label_weight",
-    "augment.view_contrast_range": "method.view_contrast_range",
-    "augment.view_max_brightness": "method.view_max_brightness",
-    "augment.view_clip": "method.view_clip",
-    "augment.view_geometry": "method.view_geometry",
-    "rounds.calibration_batches": "rounds.batch_norm_batches",
-}
-# Keys that were taken out: the value with which the code did what it does today.
-GONE = {"loss.separate_batch_norm": False}
 FIRST_METHOD = "local_contrastive"  # of configs from before there was a choice
 # What a run may have otherwise when it goes on: where things are, and how often it tells.
 MACHINE_KEYS = ("num_cpu_devices", "data.data_dir", "data.manual_dir", "log.every")
@@ -71,8 +52,7 @@ def as_now(stored: dict) -> dict:
     """What was stored at any time, as `to_store` would write it today; the argument stays as it is.
 
     Lists are resolved where they can be: own data's are drawn from the folder before they are
-    stored. Keys that have moved are moved, those that are gone go where they change nothing, and
-    those that are missing get their defaults.
+    stored. Keys that are missing get their defaults.
     """
     content = json.loads(json.dumps(stored))
     data = content["data"]
@@ -82,34 +62,10 @@ def as_now(stored: dict) -> dict:
         data.update({role: list(found) for role, found in choose_lists(ConfigDict(data)).items()})
     for table in TABLES:
         data.pop(table, None)
-    for key, later in MOVED.items():
-        if _get(content, key) is not MISSING:
-            _put(content, later, _pop(content, key))
-    for key, value in GONE.items():
-        if _get(content, key) == value:
-            _pop(content, key)
     method = content.setdefault("method", {}).setdefault("name", FIRST_METHOD)
     for name in ("default", data.get("name", "")):
         _fill(content, _defaults(name, method))
     return content
-
-
-def _get(content: dict, key: str) -> Any:
-    """The value of a dotted key, or `MISSING`."""
-    found: Any = content
-    for part in key.split("."):
-        found = found.get(part, MISSING) if isinstance(found, dict) else MISSING
-    return found
-
-
-def _pop(content: dict, key: str) -> Any:
-    group, _, name = key.rpartition(".")
-    return _get(content, group).pop(name)
-
-
-def _put(content: dict, key: str, value: Any) -> None:
-    group, _, name = key.rpartition(".")
-    content.setdefault(group, {})[name] = value
 
 
 @functools.cache
