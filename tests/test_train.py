@@ -1,5 +1,6 @@
 """The whole run, tiny: two rounds on a few phantom volumes, stopped, resumed, refused."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -277,6 +278,18 @@ def test_baseline_is_taken_over(finished, data_dir, tmp_path):
     config.optimizer.learning_rate = 0.1
     with pytest.raises(ConfigError, match=r"optimizer\.learning_rate"):
         train.train_and_evaluate(config, tmp_path / "other")
+
+
+def test_a_baseline_of_other_steps_is_not_taken_over(finished, data_dir, tmp_path):
+    """Of a method without rounds all steps are the baseline's; no key that differs tells so."""
+    source, _ = finished
+    config = tiny_config(data_dir)
+    config.rounds.baseline_from = str(source)
+    run = start_run(config, tmp_path / "run")
+    alone = dataclasses.replace(run, method=run.method._replace(sampler=None))
+    with run.lock, pytest.raises(ConfigError, match="has 6 steps; wanted 14"):
+        setup.take_over_baseline(alone, {"results": {}})
+    assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 def test_workdir_of_another_config_is_refused(finished, data_dir):
