@@ -29,7 +29,7 @@ from scipy import stats
 
 from lclseg.errors import UserError, in_words
 from lclseg.run import side_by_side
-from lclseg.run.stored_config import JOINT_ONLY, as_now, differing_keys, to_store
+from lclseg.run.stored_config import as_now, baseline_differences, differing_keys, to_store
 
 _SWEEP = flags.DEFINE_string("sweep", None, "Sweep file, e.g. configs/sweeps/hippocampus.py.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the runs; default runs/<sweep>.")
@@ -210,10 +210,13 @@ def _interval(values: Sequence[float], sign: str = "") -> str:
 
 def find_baseline(config: ConfigDict, workdirs: Sequence[Path]) -> str:
     """The first of the workdirs with the same baseline, or "" if there is none."""
+    from lclseg.methods.base import method_of  # here: it loads JAX
+
     own = to_store(config)
+    by_method = method_of(config, num_classes=2).pretraining is not None
     for workdir in workdirs:
         theirs = as_now(json.loads((workdir / "config.json").read_text()))
-        if all(k.startswith(JOINT_ONLY) for k in differing_keys(theirs, own)):
+        if not baseline_differences(theirs, own, by_method=by_method):
             return str(workdir)
     return ""
 
@@ -222,7 +225,7 @@ def shared_baseline(experiment: Experiment, earlier: Sequence[Experiment]) -> Ex
     """The first of the earlier experiments with the same baseline; None if there is none."""
     own = to_store(experiment.config)
     for other in earlier:
-        if all(k.startswith(JOINT_ONLY) for k in differing_keys(to_store(other.config), own)):
+        if not baseline_differences(to_store(other.config), own):
             return other
     return None
 

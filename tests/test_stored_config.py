@@ -8,7 +8,13 @@ import pytest
 
 from lclseg.run import stored_config
 from lclseg.run.setup import claim_workdir
-from lclseg.run.stored_config import as_now, differing_keys, refused_changes, to_store
+from lclseg.run.stored_config import (
+    as_now,
+    baseline_differences,
+    differing_keys,
+    refused_changes,
+    to_store,
+)
 
 ROOT = Path(__file__).parents[1]
 
@@ -108,6 +114,20 @@ def test_what_a_run_may_change_when_it_goes_on():
     assert refused_changes(before, longer, begun=["baseline", "round_1"]) == [
         "rounds.baseline_steps"
     ]
+
+
+@pytest.mark.parametrize("by_method", [False, True])
+def test_what_a_baseline_depends_on(by_method):
+    def found(now, before=None):
+        before = to_store(before or phantom())
+        return baseline_differences(before, to_store(now), by_method=by_method)
+
+    later = phantom(rounds__refresh_every=7, crf__num_steps=2, rounds__num_rounds=1)
+    assert found(later) == []
+    assert found(phantom(optimizer__learning_rate=0.5)) == ["optimizer.learning_rate"]
+    # An option of the method counts where the method trains the first stage its own way.
+    assert found(phantom(method__temperature=0.5)) == ["method.temperature"] * by_method
+    assert "method.name" in found(phantom("self_training"))
 
 
 def test_a_workdir_of_an_older_version_goes_on(tmp_path):

@@ -1,5 +1,6 @@
 """The whole run, tiny: two rounds on a few phantom volumes, stopped, resumed, refused."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -20,6 +21,7 @@ from lclseg.pseudo_labels import PseudoLabelError
 from lclseg.run import checkpoint, devices, setup
 from lclseg.run.config_checks import ConfigError
 from lclseg.run.setup import initial_state, predictor, start_run
+from lclseg.run.stage_files import StageFiles
 from lclseg.run.stopping import Interrupted
 from lclseg.run.workdir import read_json
 
@@ -67,7 +69,7 @@ def final_params(workdir, stage):
 
 def without_times(results):
     stages = {
-        name: {k: v for k, v in stage.items() if k != "seconds"}
+        name: {k: v for k, v in stage.items() if k not in ("seconds", "steps_per_second")}
         for name, stage in results["results"].items()
     }
     return {**results, "results": stages}
@@ -190,18 +192,18 @@ def test_killed_run_goes_on_to_the_same_end(
 ):
     """Ended without notice, and half a line written."""
     undisturbed, expected = finished
-    save_line = train.log_scalars
+    save_line = StageFiles.log
     workdir = tmp_path / "run"
 
-    def stop(run, at_stage, step, scalars):
-        save_line(run, at_stage, step, scalars)
-        if at_stage == stage and step >= number:
+    def stop(files, step, *written):
+        save_line(files, step, *written)
+        if files.stage.name == stage and step >= number:
             with (workdir / "metrics.jsonl").open("a") as file:
                 file.write('{"stage": "base')
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train, "log_scalars", stop)
+        patch.setattr(StageFiles, "log", stop)
         train.train_and_evaluate(tiny_config(data_dir), workdir)
     resumed = train.train_and_evaluate(tiny_config(data_dir), workdir)
     assert without_times(resumed) == without_times(expected)
@@ -268,7 +270,7 @@ def test_baseline_is_taken_over(finished, data_dir, tmp_path):
     source, theirs = finished
     config = tiny_config(data_dir)
     config.rounds.update(num_rounds=1, baseline_from=str(source))
-    config.loss.contrastive_weight = 0.5
+    config.method.contrastive_weight = 0.5
     results = train.train_and_evaluate(config, tmp_path / "run")
     assert results["results"]["baseline"] == theirs["results"]["baseline"]
     assert list(results["results"]) == ["baseline", "round_1"]
@@ -278,11 +280,23 @@ def test_baseline_is_taken_over(finished, data_dir, tmp_path):
         train.train_and_evaluate(config, tmp_path / "other")
 
 
+def test_a_baseline_of_other_steps_is_not_taken_over(finished, data_dir, tmp_path):
+    """Of a method without rounds all steps are the baseline's; no key that differs tells so."""
+    source, _ = finished
+    config = tiny_config(data_dir)
+    config.rounds.baseline_from = str(source)
+    run = start_run(config, tmp_path / "run")
+    alone = dataclasses.replace(run, method=run.method._replace(sampler=None))
+    with run.lock, pytest.raises(ConfigError, match="has 6 steps; wanted 14"):
+        setup.take_over_baseline(alone, {"results": {}})
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
 def test_workdir_of_another_config_is_refused(finished, data_dir):
     workdir, _ = finished
     config = tiny_config(data_dir)
-    config.loss.temperature = 0.5
-    with pytest.raises(ConfigError, match=r"other values of loss\.temperature"):
+    config.method.temperature = 0.5
+    with pytest.raises(ConfigError, match=r"other values of method\.temperature"):
         train.train_and_evaluate(config, workdir)
 
 
@@ -301,14 +315,14 @@ def test_foreign_folder_is_not_written_into(data_dir, tmp_path):
             6,
             r"data\.labeled_batch_size is 6; wanted a multiple of the 4 devices",
         ),
-        ("data.pairs.labeled_self", 2, r"the sum of data\.pairs is 5"),
+        ("method.pairs.labeled_self", 2, r"the sum of method\.pairs is 5"),
         ("model.dtype", "float12", r"model\.dtype is 'float12'"),
-        ("loss.matching", "outer", r"matching is 'outer'"),
+        ("method.matching", "outer", r"matching is 'outer'"),
         ("loss.segmentation", "dise", r"loss\.segmentation is 'dise'"),
         ("data.image_size", 31, r"wanted a multiple of 2"),
         ("rounds.eval_every", 0, r"rounds\.eval_every is 0"),
         ("crf.num_steps", -1, r"crf\.num_steps is -1"),
-        ("loss.pixels_per_class", -1, r"loss\.pixels_per_class is -1"),
+        ("method.pixels_per_class", -1, r"method\.pixels_per_class is -1"),
     ],
 )
 def test_bad_values_are_refused_before_anything_is_written(data_dir, tmp_path, key, value, message):
@@ -336,7 +350,7 @@ def test_non_finite_loss_stops_the_run(data_dir, tmp_path):
     record = json.loads((tmp_path / "run" / "non_finite.json").read_text())
     assert record["step"] == 2 and len(record["labeled"]) == 4
     run = start_run(config, tmp_path / "run")
-    records = train.batch_drawer(run, None)(1).labeled
+    records = train.slices_of(run, "first", None).sampler(1)["labeled"]
     first = run.prepared.volumes["phantom_000"].first_slice
     assert record["labeled"] == [f"phantom_000, slice {r - first}" for r in records]
     assert not list((tmp_path / "run" / "checkpoints" / "baseline").glob("[0-9]*"))

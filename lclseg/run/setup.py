@@ -32,9 +32,9 @@ from lclseg.run.config_checks import (
     units_per_batch,
 )
 from lclseg.run.stored_config import (
-    JOINT_ONLY,
     MACHINE_KEYS,
     as_now,
+    baseline_differences,
     differing_keys,
     refused_changes,
     to_store,
@@ -346,12 +346,19 @@ def take_over_baseline(run: Run, results: dict) -> None:
     if theirs is None or "baseline" not in theirs["results"]:
         raise ConfigError(f"rounds.baseline_from: no finished baseline in {source}")
     stored = json.loads((source / "config.json").read_text())
-    keys = differing_keys(as_now(stored), to_store(run.config))
-    keys = [k for k in keys if not k.startswith(JOINT_ONLY)]
+    keys = baseline_differences(
+        as_now(stored), to_store(run.config), by_method=run.method.pretraining is not None
+    )
     if keys:
         raise ConfigError(
             f"rounds.baseline_from: the baseline in {source} has other values of "
             f"{', '.join(keys[:8])}"
+        )
+    found = theirs["results"]["baseline"]["num_steps"]
+    wanted = stages(run.config, run.method)[0].num_steps
+    if found != wanted:  # without unlabelled slices the steps of the rounds are the baseline's
+        raise ConfigError(
+            f"rounds.baseline_from: the baseline in {source} has {found} steps; wanted {wanted}"
         )
     for folder in ("checkpoints/baseline", "predictions/baseline"):
         if not (source / folder).exists():  # predictions, where there is nothing to test on

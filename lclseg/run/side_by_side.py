@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 from lclseg.cores import usable_cores
 
@@ -91,7 +91,8 @@ def run_side_by_side(
     Returns:
       Exit statuses by name, of the jobs that ran.
     """
-    waiting, running, status = list(jobs), {}, {}
+    waiting, status = list(jobs), {}
+    running: dict[str, tuple[subprocess.Popen, IO[str], int]] = {}
     free = list(range(num_devices))
     told_to_stop = False
     while waiting or running:
@@ -116,7 +117,7 @@ def run_side_by_side(
     return status
 
 
-def _start(job: Job, platform: str, device: int):
+def _start(job: Job, platform: str, device: int) -> tuple[subprocess.Popen, IO[str]]:
     """The process of a job on a device, and its open log."""
     job.log.parent.mkdir(parents=True, exist_ok=True)
     log = job.log.open("a")

@@ -38,6 +38,7 @@ JOINT_ONLY = (
     "rounds.num_rounds",
     "rounds.steps_per_round",
     "rounds.fresh_heads",
+    "rounds.refresh_every",
     "rounds.baseline_from",
     "log.",
 )
@@ -103,6 +104,22 @@ def differing_keys(before: dict, now: dict, prefix: str = "") -> list[str]:
         elif old != new or (key in before) != (key in now):
             keys.append(prefix + key)
     return keys
+
+
+def baseline_differences(before: dict, now: dict, *, by_method: bool) -> list[str]:
+    """Dotted names of the differing values on which the first stage depends.
+
+    Args:
+      before, now: as `as_now` gives them.
+      by_method: whether the method trains its first stage its own way, by its own options. Another
+        method is always another baseline: its heads and networks lie in the checkpoint.
+    """
+    method_keys = ("method.",) if by_method else ("method.name",)
+    return [
+        key
+        for key in differing_keys(before, now)
+        if key.startswith(method_keys) or not key.startswith(JOINT_ONLY)
+    ]
 
 
 def refused_changes(before: dict, now: dict, begun: Sequence[str]) -> list[str]:
