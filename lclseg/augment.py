@@ -394,6 +394,12 @@ def strong_intensity(
     return found.astype(image.dtype)
 
 
+def add_noise(key, image, *, sigma=0.1, bound=0.2):
+    """Adds to each pixel of [H, W] a draw of normal(0, sigma), clipped to +-bound."""
+    noise = sigma * jax.random.normal(key, image.shape, image.dtype)
+    return image + jnp.clip(noise, -bound, bound)
+
+
 def gaussian_blur(image, sigma, *, radius=4):
     """Blurs [H, W] by a Gaussian of `sigma` pixels, cut at `radius`; edges are repeated."""
     offsets = jnp.arange(-radius, radius + 1)

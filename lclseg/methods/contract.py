@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lclseg import losses
 from lclseg.data.batches import Pool
 from lclseg.losses import IGNORE
 
@@ -105,9 +106,15 @@ class Method(NamedTuple):
     remember: Callable[[Any, Any, Array], Any] = lambda memory, params, step: memory
 
 
-def mean_of(losses: Array, is_counted: Array, weight: Array | float = 1.0) -> Term:
-    """The term that is the mean of losses [n] over the slices that count [n] bool."""
-    return Term(jnp.sum(jnp.where(is_counted, losses, 0)), jnp.sum(is_counted), weight)
+def mean_of(values: Array, is_counted: Array, weight: Array | float = 1.0) -> Term:
+    """The term that is the mean of losses, of slices [n] or pixels [n, H, W], over those counted.
+
+    Args:
+      values: the losses.
+      is_counted: bool of the same shape.
+      weight: of the term.
+    """
+    return Term(jnp.sum(jnp.where(is_counted, values, 0)), jnp.sum(is_counted), weight)
 
 
 def segmentation_term(
@@ -118,9 +125,36 @@ def segmentation_term(
     return mean_of(base.segmentation(logits, label, axis_name), counted, weight)
 
 
+def batch_dice_term(
+    logits: Array, label: Array, axis_name: str | None, weight: Array | float = 1.0
+) -> Term:
+    """Soft Dice loss of all slices of all devices as one image; pixels of `IGNORE` do not count.
+
+    Args:
+      logits: [n, H, W, C].
+      label: [n, H, W].
+      axis_name: the mapped device axis.
+      weight: of the term.
+    """
+    loss = losses.batch_dice_loss(logits, label, axis_name=axis_name)
+    # Each slice counts the batch's loss, so that the devices' shares add up to it.
+    return Term(len(label) * loss, jnp.asarray(len(label)), weight)
+
+
 def draw_from(records: np.ndarray, rng: np.random.Generator, size: int) -> np.ndarray:
     """Record numbers [size]; without replacement where there are enough slices."""
     return rng.choice(records, size, replace=len(records) < size)
+
+
+def unlabeled_sampler(base: Base) -> Callable[[Pool, Pool], Draw]:
+    """The sampler of one group, "unlabeled": slices of the unlabelled pool, whatever they show."""
+
+    def sampler(labeled: Pool, unlabeled: Pool) -> Draw:
+        return lambda rng: {
+            "unlabeled": draw_from(unlabeled.records, rng, base.unlabeled_batch_size)
+        }
+
+    return sampler
 
 
 def ramp_up(progress: Array) -> Array:
@@ -134,6 +168,15 @@ def confident_label(probs: Array, threshold: float) -> Array:
     return jnp.where(jnp.max(probs, axis=-1) >= threshold, label, IGNORE)
 
 
+def segment(
+    net, params: Any, batch_stats: Any, images: Mapping[str, Array], **kwargs
+) -> tuple[dict[str, Array], Any]:
+    """Logits [n, H, W, C] by group, of one pass of `net`; and BatchNorm's statistics after it."""
+    heads = {group: ("segmentation",) for group in images}
+    out, batch_stats = net(params, batch_stats, images, heads, **kwargs)
+    return {group: found["segmentation"] for group, found in out.items()}, batch_stats
+
+
 def teacher_probs(
     net, params: Any, batch_stats: Any, images: Mapping[str, Array]
 ) -> dict[str, Array]:
@@ -142,6 +185,5 @@ def teacher_probs(
     BatchNorm normalises by these slices, as in training; no gradient flows, and the statistics of
     this pass are not kept.
     """
-    out, _ = net(params, batch_stats, images, {group: ("segmentation",) for group in images})
-    probs = {group: jax.nn.softmax(heads["segmentation"]) for group, heads in out.items()}
-    return jax.lax.stop_gradient(probs)
+    logits, _ = segment(net, jax.lax.stop_gradient(params), batch_stats, images)
+    return {group: jax.nn.softmax(found) for group, found in logits.items()}
