@@ -223,9 +223,12 @@ def find_baseline(config: ConfigDict, workdirs: Sequence[Path]) -> str:
 
 def shared_baseline(experiment: Experiment, earlier: Sequence[Experiment]) -> Experiment | None:
     """The first of the earlier experiments with the same baseline; None if there is none."""
+    from lclseg.methods.base import method_of  # here: it loads JAX
+
     own = to_store(experiment.config)
+    by_method = method_of(experiment.config, num_classes=2).pretraining is not None
     for other in earlier:
-        if not baseline_differences(to_store(other.config), own):
+        if not baseline_differences(to_store(other.config), own, by_method=by_method):
             return other
     return None
 
