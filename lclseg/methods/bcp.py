@@ -33,8 +33,15 @@ from lclseg.methods.contract import (
 )
 from lclseg.mixing import copy_paste_mask, mix
 from lclseg.random_keys import first_place, named_key, slice_keys
+from lclseg.rules import NOT_NEGATIVE, SHARE_BELOW_1, YES_NO
 
 Array = jax.Array
+RULES = {
+    "unlabeled_weight": NOT_NEGATIVE,
+    "box_share": SHARE_BELOW_1,
+    "largest_component": YES_NO,
+    "pretraining": YES_NO,
+}
 
 
 def make(options: Any, base: Base) -> Method:
