@@ -14,21 +14,16 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-get_default = runpy.run_path(str(Path(__file__).with_name("default.py")))["get_config"]
+HERE = Path(__file__).parent
+get_default = runpy.run_path(str(HERE / "default.py"))["get_config"]
+lists = runpy.run_path(str(HERE / "parts" / "splits.py"))
+patients, table, all_but = lists["patients"], lists["table"], lists["all_but"]
 
+IDS = "patient{:03d}"
 
-def ids(numbers: str) -> tuple[str, ...]:
-    """Patient ids of "001-003 007": patient001, patient002, patient003, patient007."""
-    patients = []
-    for item in numbers.split():
-        first, _, last = item.partition("-")
-        patients += [f"patient{n:03d}" for n in range(int(first), int(last or first) + 1)]
-    return tuple(patients)
-
-
-TEST = ids("007-010 027-030 047-050 067-070 087-090")
-POOL = ids("001-006 017-020 012 021-026 037-046 057-066 077-080 072 081-086 097-100")
-EVERYONE = ids("001-100")
+TEST = patients(IDS, "007-010 027-030 047-050 067-070 087-090")
+POOL = patients(IDS, "001-006 017-020 012 021-026 037-046 057-066 077-080 072 081-086 097-100")
+EVERYONE = patients(IDS, "001-100")
 # num_labeled: split: (labelled, validation)
 SPLITS = {
     "1": {
@@ -66,19 +61,8 @@ def get_config(method: str = "local_contrastive") -> ConfigDict:
     data.min_classes = 3
     data.test_patients = TEST
     data.pool = POOL
-    data.splits = {
-        n: {
-            c: {"labeled": ids(labeled), "validation": ids(validation)}
-            for c, (labeled, validation) in splits.items()
-        }
-        for n, splits in SPLITS.items()
-    }
     # Upper bound: everyone else, with the validation pair of the split with one labelled volume.
-    data.splits["all"] = {
-        c: {
-            "labeled": tuple(p for p in EVERYONE if p not in TEST + ids(validation)),
-            "validation": ids(validation),
-        }
-        for c, (_, validation) in SPLITS["1"].items()
-    }
+    others = tuple(p for p in EVERYONE if p not in TEST)
+    pairs = {c: pair for c, (_, pair) in SPLITS["1"].items()}
+    data.splits = table(IDS, SPLITS) | {"all": all_but(IDS, others, pairs)}
     return config

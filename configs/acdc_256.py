@@ -17,12 +17,17 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-acdc = runpy.run_path(str(Path(__file__).with_name("acdc.py")))
-ids = acdc["ids"]
+HERE = Path(__file__).parent
+acdc = runpy.run_path(str(HERE / "acdc.py"))
+lists = runpy.run_path(str(HERE / "parts" / "splits.py"))
+patients, table, all_but = lists["patients"], lists["table"], lists["all_but"]
 
-VALIDATION = ids("028 085 082 087 019 030 078 045 002 039")
-TEST = ids("011 013 084 033 093 022 068 024 083 081 080 001 007 066 008 065 075 064 059 052")
-TRAIN = tuple(p for p in ids("001-100") if p not in VALIDATION + TEST)
+IDS = acdc["IDS"]
+VALIDATION = "028 085 082 087 019 030 078 045 002 039"
+TEST = patients(
+    IDS, "011 013 084 033 093 022 068 024 083 081 080 001 007 066 008 065 075 064 059 052"
+)
+TRAIN = tuple(p for p in patients(IDS, "001-100") if p not in patients(IDS, VALIDATION) + TEST)
 LABELED = {"1": "099", "3": "038 050 099", "7": "021 038 049 050 058 099 100"}
 
 
@@ -36,11 +41,8 @@ def get_config(method: str = "local_contrastive") -> ConfigDict:
     data.split = "c1"
     data.min_classes = 1  # slices that show nothing are learnt from, too
     data.pool, data.test_patients = TRAIN, TEST
-    data.splits = {
-        n: {"c1": {"labeled": ids(labeled), "validation": VALIDATION}}
-        for n, labeled in LABELED.items()
-    }
-    data.splits["all"] = {"c1": {"labeled": TRAIN, "validation": VALIDATION}}
+    splits = {n: {"c1": (labeled, VALIDATION)} for n, labeled in LABELED.items()}
+    data.splits = table(IDS, splits) | {"all": all_but(IDS, TRAIN, {"c1": VALIDATION})}
     data.labeled_batch_size = data.unlabeled_batch_size = 12
     if config.method.name == "local_contrastive":
         config.method.view_min_classes = 1

@@ -17,25 +17,28 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-get_default = runpy.run_path(str(Path(__file__).with_name("default.py")))["get_config"]
+HERE = Path(__file__).parent
+get_default = runpy.run_path(str(HERE / "default.py"))["get_config"]
+lists = runpy.run_path(str(HERE / "parts" / "splits.py"))
+short = runpy.run_path(str(HERE / "parts" / "short.py"))
+patients, table, all_but = lists["patients"], lists["table"], lists["all_but"]
 
+IDS = "hippocampus_{:03d}"
 
-def ids(numbers: str) -> tuple[str, ...]:
-    return tuple(f"hippocampus_{n}" for n in numbers.split())
-
-
-TEST = ids(
+TEST = patients(
+    IDS,
     "007 017 034 039 046 052 060 070 084 092 097 105 123 133 142 154 160 166 176 189 204 217 223 "
-    "228 233 245 253 265 286 297 303 310 322 332 340 350 366 375 385 394"
+    "228 233 245 253 265 286 297 303 310 322 332 340 350 366 375 385 394",
 )
-POOL = ids(
+POOL = patients(
+    IDS,
     "001 003 004 006 008 011 014 015 019 020 024 025 035 036 037 038 040 041 042 044 048 049 050 "
     "051 053 056 057 058 064 065 067 068 074 075 077 083 088 089 090 091 093 094 095 096 098 099 "
     "101 104 106 107 108 114 124 125 126 132 135 136 138 141 144 145 146 148 155 156 157 158 161 "
     "162 164 165 172 173 174 175 177 178 180 185 190 194 199 203 207 210 215 216 219 220 221 222 "
     "224 225 226 227 229 230 231 232 234 238 242 243 249 250 251 252 257 260 263 264 276 277 279 "
     "282 289 290 294 295 298 300 301 302 304 305 308 309 311 318 319 320 326 327 329 330 333 334 "
-    "336 337 341 343 345 349 354 358 360 363 367 368 370 372 376 380 381 383 386 387 389 390"
+    "336 337 341 343 345 349 354 358 360 363 367 368 370 372 376 380 381 383 386 387 389 390",
 )
 # num_labeled: split: (labelled, validation)
 SPLITS = {
@@ -72,41 +75,13 @@ def get_config(method: str = "local_contrastive") -> ConfigDict:
     data.image_size = 64
     data.target_spacing_mm = 1.0
     data.num_labeled = "2"
-    # The paper's choice, slices that show a class and Dice slice by slice, leaves false positives
-    # in the end slices, which show none, unpunished.
-    data.min_classes = 1
-    config.loss.segmentation = "batch_dice_and_cross_entropy"
     data.test_patients = TEST
     data.pool = POOL
-    data.splits = {
-        n: {
-            c: {"labeled": ids(labeled), "validation": ids(validation)}
-            for c, (labeled, validation) in splits.items()
-        }
-        for n, splits in SPLITS.items()
-    }
-    data.splits["all"] = {
-        c: {
-            "labeled": tuple(p for p in POOL if p not in ids(validation)),
-            "validation": ids(validation),
-        }
-        for c, validation in ALL.items()
-    }
-    data.labeled_batch_size = 8
-    data.unlabeled_batch_size = 8
-    if config.method.name == "local_contrastive":
-        options = config.method
-        options.pixels_per_class = 0  # every pixel
-        options.view_min_classes = 1
-        options.pairs.update(labeled_self=0, pseudo_self=0, labeled_pseudo=2, pseudo_pseudo=2)
+    data.splits = table(IDS, SPLITS) | {"all": all_but(IDS, POOL, ALL)}
+    # The paper's choice, slices that show a class and Dice slice by slice, leaves false positives
+    # in the end slices, which show none, unpunished.
+    short["shorten"](config)
     # Of pixels the size of its structures: the paper's sigma of 10 would leave nothing of them.
     config.crf.spatial_sigma = 1.0
     config.crf.spatial_weight = 10.0
-    # Three times the paper's: a short schedule has to level off.
-    config.optimizer.learning_rate = 3e-3
-    config.optimizer.ema_decay = 0.98
-    config.rounds.baseline_steps = 400
-    config.rounds.steps_per_round = 100
-    config.rounds.batch_norm_batches = 10
-    config.rounds.fresh_heads = False  # too few steps to learn a head anew
     return config

@@ -15,20 +15,15 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-get_default = runpy.run_path(str(Path(__file__).with_name("default.py")))["get_config"]
+HERE = Path(__file__).parent
+get_default = runpy.run_path(str(HERE / "default.py"))["get_config"]
+lists = runpy.run_path(str(HERE / "parts" / "splits.py"))
+patients, table, all_but = lists["patients"], lists["table"], lists["all_but"]
 
+IDS = "{}"
 
-def ids(numbers: str) -> tuple[str, ...]:
-    """Patient ids of "1001-1003 1007": 1001, 1002, 1003, 1007, as text."""
-    patients = []
-    for item in numbers.split():
-        first, _, last = item.partition("-")
-        patients += [str(n) for n in range(int(first), int(last or first) + 1)]
-    return tuple(patients)
-
-
-TEST = ids("1011-1020")
-POOL = ids("1001-1010")
+TEST = patients(IDS, "1011-1020")
+POOL = patients(IDS, "1001-1010")
 # num_labeled: split: (labelled, validation)
 SPLITS = {
     "1": {
@@ -60,19 +55,6 @@ def get_config(method: str = "local_contrastive") -> ConfigDict:
     data.min_classes = 3
     data.test_patients = TEST
     data.pool = POOL
-    data.splits = {
-        n: {
-            c: {"labeled": ids(labeled), "validation": ids(validation)}
-            for c, (labeled, validation) in splits.items()
-        }
-        for n, splits in SPLITS.items()
-    }
-    for n in ("8", "all"):
-        data.splits[n] = {
-            c: {
-                "labeled": tuple(p for p in POOL if p not in ids(validation)),
-                "validation": ids(validation),
-            }
-            for c, validation in VALIDATION_OF_8.items()
-        }
+    rest = all_but(IDS, POOL, VALIDATION_OF_8)
+    data.splits = table(IDS, SPLITS) | {"8": rest, "all": rest}
     return config

@@ -17,7 +17,9 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-get_default = runpy.run_path(str(Path(__file__).with_name("default.py")))["get_config"]
+HERE = Path(__file__).parent
+get_default = runpy.run_path(str(HERE / "default.py"))["get_config"]
+short = runpy.run_path(str(HERE / "parts" / "short.py"))
 
 
 def get_config(method: str = "local_contrastive") -> ConfigDict:
@@ -39,14 +41,7 @@ def get_config(method: str = "local_contrastive") -> ConfigDict:
     data.min_classes = 1  # slices without any class are learnt from, too
     config.loss.segmentation = "batch_dice_and_cross_entropy"
     config.crf.num_steps = 0  # its sigmas are to be found for each kind of image
-    data.labeled_batch_size = 12
-    data.unlabeled_batch_size = 12
-    if config.method.name == "local_contrastive":
-        config.method.pairs.update(labeled_self=1, pseudo_self=1, labeled_pseudo=2, pseudo_pseudo=2)
-    config.optimizer.ema_decay = 0.98
-    config.rounds.baseline_steps = 300
+    short["small_batches"](config, 12)
+    short["few_steps"](config, 300, 150)
     config.rounds.num_rounds = 2
-    config.rounds.steps_per_round = 150
-    config.rounds.batch_norm_batches = 10
-    config.rounds.fresh_heads = False  # too few steps to learn a head anew
     return config

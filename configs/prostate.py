@@ -16,20 +16,15 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-get_default = runpy.run_path(str(Path(__file__).with_name("default.py")))["get_config"]
+HERE = Path(__file__).parent
+get_default = runpy.run_path(str(HERE / "default.py"))["get_config"]
+lists = runpy.run_path(str(HERE / "parts" / "splits.py"))
+patients, table, all_but = lists["patients"], lists["table"], lists["all_but"]
 
+IDS = "prostate_{:02d}"
 
-def ids(numbers: str) -> tuple[str, ...]:
-    """Patient ids of "37-39 46": prostate_37, prostate_38, prostate_39, prostate_46."""
-    patients = []
-    for item in numbers.split():
-        first, _, last = item.partition("-")
-        patients += [f"prostate_{n:02d}" for n in range(int(first), int(last or first) + 1)]
-    return tuple(patients)
-
-
-TEST = ids("29 31 32 34 35 37-44 46 47")
-POOL = ids("00 01 02 04 06 07 10 13 14 16 17 18 20 21 24 25 28")
+TEST = patients(IDS, "29 31 32 34 35 37-44 46 47")
+POOL = patients(IDS, "00 01 02 04 06 07 10 13 14 16 17 18 20 21 24 25 28")
 # The pair depends on the split alone.
 VALIDATION = {"c1": "13 14", "c2": "17 20", "c3": "25 28", "c4": "13 14", "c5": "25 28"}
 # num_labeled: split: labelled
@@ -55,20 +50,10 @@ def get_config(method: str = "local_contrastive") -> ConfigDict:
     data.min_classes = 2  # of three: METHOD asks for 2 where there are two foreground classes
     data.test_patients = TEST
     data.pool = POOL
-    data.splits = {
-        n: {
-            c: {"labeled": ids(labeled), "validation": ids(VALIDATION[c])}
-            for c, labeled in splits.items()
-        }
-        for n, splits in SPLITS.items()
+    by_pair = {
+        n: {c: (own, VALIDATION[c]) for c, own in splits.items()} for n, splits in SPLITS.items()
     }
     # Upper bound: the whole pool but the validation pair.
-    data.splits["all"] = {
-        c: {
-            "labeled": tuple(p for p in POOL if p not in ids(validation)),
-            "validation": ids(validation),
-        }
-        for c, validation in VALIDATION.items()
-    }
+    data.splits = table(IDS, by_pair) | {"all": all_but(IDS, POOL, VALIDATION)}
     config.crf.spatial_sigma = 5.0
     return config

@@ -13,6 +13,11 @@ def named_key(key: Array, name: str) -> Array:
     return jax.random.fold_in(key, zlib.crc32(name.encode()))
 
 
+def first_place(num_local: int, axis_name: str | None) -> Array | int:
+    """The place in the *global* batch of this device's first slice; arguments as `slice_keys`."""
+    return 0 if axis_name is None else jax.lax.axis_index(axis_name) * num_local
+
+
 def slice_keys(key: Array, num_local: int, axis_name: str | None) -> Array:
     """One key per local slice, named by its place in the *global* batch: no device count in it.
 
@@ -21,5 +26,5 @@ def slice_keys(key: Array, num_local: int, axis_name: str | None) -> Array:
       num_local: slices of this device.
       axis_name: the mapped device axis, or None on a single device.
     """
-    index = 0 if axis_name is None else jax.lax.axis_index(axis_name)
-    return jax.vmap(lambda i: jax.random.fold_in(key, i))(index * num_local + jnp.arange(num_local))
+    places = first_place(num_local, axis_name) + jnp.arange(num_local)
+    return jax.vmap(lambda i: jax.random.fold_in(key, i))(places)

@@ -9,13 +9,15 @@ A table of experiments: rows (overrides of one config) x pairs (split, seed). A 
 
 Every run leaves `<row>/<split>_seed<seed>.json` in the results folder, from which the Markdown
 table is made; finished ones are skipped when the command is started again. Runs of one pair whose
-baselines do not differ train it once.
+baselines do not differ train it once. As many runs train at a time as there are devices (of CPUs,
+cores), one device each; a run that fails does not end the others.
 """
 
 import json
 import logging
 import re
 import runpy
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -26,6 +28,7 @@ from ml_collections import ConfigDict
 from scipy import stats
 
 from lclseg.errors import UserError, in_words
+from lclseg.run import side_by_side
 from lclseg.run.stored_config import as_now, baseline_differences, differing_keys, to_store
 
 _SWEEP = flags.DEFINE_string("sweep", None, "Sweep file, e.g. configs/sweeps/hippocampus.py.")
@@ -35,10 +38,13 @@ _RESULTS = flags.DEFINE_string(
 )
 _DATA_DIR = flags.DEFINE_string("data_dir", "", "As --config.data.data_dir of lclseg.main.")
 _MANUAL_DIR = flags.DEFINE_string("manual_dir", "", "As --config.data.manual_dir of lclseg.main.")
+_ONLY = flags.DEFINE_string("only", "", "One run, by its place below --workdir; no table.")
+_PREPARE_ONLY = flags.DEFINE_bool("prepare_only", False, "Prepare the data set, train nothing.")
 _TABLE_ONLY = flags.DEFINE_bool("table_only", False, "Train nothing, print the table.")
 
 # What differs from machine to machine, and is not part of a result.
 NOT_STORED = ("num_cpu_devices", "data.data_dir", "data.manual_dir", "rounds.baseline_from")
+PREPARE = "prepare"  # the job before all runs
 logger = logging.getLogger("lclseg")
 
 
@@ -215,41 +221,150 @@ def find_baseline(config: ConfigDict, workdirs: Sequence[Path]) -> str:
     return ""
 
 
+def shared_baseline(experiment: Experiment, earlier: Sequence[Experiment]) -> Experiment | None:
+    """The first of the earlier experiments with the same baseline; None if there is none."""
+    from lclseg.methods.base import method_of  # here: it loads JAX
+
+    own = to_store(experiment.config)
+    by_method = method_of(experiment.config, num_classes=2).pretraining is not None
+    for other in earlier:
+        if not baseline_differences(to_store(other.config), own, by_method=by_method):
+            return other
+    return None
+
+
+def run_one(
+    experiment: Experiment,
+    workdir: Path,
+    folder: Path,
+    earlier: Sequence[Experiment],
+    stop_asked: Callable[[], bool] = lambda: False,
+) -> dict:
+    """Trains one experiment and writes its result; returns that.
+
+    Args:
+      experiment: which one.
+      workdir: of the sweep's runs.
+      folder: of the results.
+      earlier: experiments that may have trained its baseline.
+      stop_asked: see `train.train_and_evaluate`.
+
+    Raises:
+      Interrupted: `stop_asked` gave True; the run is saved.
+    """
+    from lclseg import train
+    from lclseg.run.workdir import read_json, write_text  # here: they need JAX
+
+    run_dir, config = workdir / experiment.path, experiment.config
+    begun = read_json(run_dir / "config.json")
+    places = [workdir / e.path for e in earlier]
+    finished = [p for p in places if "chosen" in (read_json(p / "results.json") or {})]
+    config.rounds.baseline_from = (
+        begun["rounds"]["baseline_from"] if begun else find_baseline(config, finished)
+    )
+    result = train.train_and_evaluate(config, run_dir, stop_asked)
+    content = {"config": of_result(to_store(config)), **result}
+    path = folder / experiment.path.with_suffix(".json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(content, separators=(",", ":")) + "\n")
+    return content
+
+
+def write_table(sweep: Sweep, folder: Path) -> None:
+    """Writes README.md of the results folder anew."""
+    from lclseg.run.workdir import write_text
+
+    write_text(folder / "README.md", markdown(sweep, read_results(folder, sweep)) + "\n")
+
+
 def run_missing(
     sweep: Sweep, workdir: Path, folder: Path, stop_asked: Callable[[], bool] = lambda: False
 ) -> None:
-    """Trains what is not in the results folder yet, and writes result and table after each run.
+    """Trains what is not in the results folder yet, one after the other, on all devices.
 
     Raises:
       Interrupted: `stop_asked` gave True; finished runs and the one under way are saved.
     """
-    from lclseg import train
-    from lclseg.run.workdir import (  # here: the processes that prepare volumes need no JAX
-        read_json,
-        write_text,
-    )
+    results = read_results(folder, sweep)
+    earlier: list[Experiment] = []
+    for experiment in experiments(sweep):
+        if (experiment.row, experiment.split, experiment.seed) not in results:
+            logger.info("%s", title(experiment))
+            run_one(experiment, workdir, folder, earlier, stop_asked)
+            write_table(sweep, folder)
+        earlier.append(experiment)
+
+
+def run_side_by_side(
+    sweep: Sweep,
+    workdir: Path,
+    folder: Path,
+    *,
+    platform: str,
+    num_devices: int,
+    stop_asked: Callable[[], bool] = lambda: False,
+) -> list[str]:
+    """Trains what is not in the results folder yet, as many runs at a time as there are devices.
+
+    Each is a process of its own, with one device. A run whose baseline an earlier one trains waits
+    for that one. What a run prints is in `<run>.log` below the workdir.
+
+    Returns:
+      What failed, a line a run.
+
+    Raises:
+      Interrupted: `stop_asked` gave True; finished runs and those under way are saved.
+    """
+    from lclseg.run import stopping
 
     results = read_results(folder, sweep)
-    finished: list[Path] = []
+    jobs = [_job(PREPARE, workdir / "prepare.log", "--prepare_only")]
+    earlier: list[Experiment] = []
     for experiment in experiments(sweep):
-        name = (experiment.row, experiment.split, experiment.seed)
-        run_dir = workdir / experiment.path
-        if name not in results:
-            logger.info("%s, split %s, seed %d", *name)
-            config = experiment.config
-            begun = read_json(run_dir / "config.json")
-            config.rounds.baseline_from = (
-                begun["rounds"]["baseline_from"] if begun else find_baseline(config, finished)
-            )
-            result = train.train_and_evaluate(config, run_dir, stop_asked)
-            results[name] = {"config": of_result(to_store(config)), **result}
-            path = folder / experiment.path.with_suffix(".json")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            text = json.dumps(results[name], separators=(",", ":")) + "\n"
-            write_text(path, text)
-            write_text(folder / "README.md", markdown(sweep, results) + "\n")
-        if (run_dir / "results.json").exists():
-            finished.append(run_dir)
+        if (experiment.row, experiment.split, experiment.seed) not in results:
+            name, after = str(experiment.path), [PREPARE]
+            source = shared_baseline(experiment, earlier)
+            if source and any(str(source.path) == job.name for job in jobs):
+                after.append(str(source.path))
+            log = workdir / experiment.path.with_suffix(".log")
+            jobs.append(_job(name, log, f"--only={name}", after=after))
+        earlier.append(experiment)
+    if len(jobs) == 1:
+        return []
+    logger.info("%d runs, %d at a time, one %s each", len(jobs) - 1, num_devices, platform)
+    logs = {job.name: job.log for job in jobs}
+
+    def ended(name: str, status: int) -> None:
+        logger.info("%s: %s", name, "done" if status == 0 else f"failed, see {logs[name]}")
+        if status == 0 and name != PREPARE:
+            write_table(sweep, folder)
+
+    status = side_by_side.run_side_by_side(
+        jobs, platform=platform, num_devices=num_devices, stop_asked=stop_asked, ended=ended
+    )
+    if stop_asked():
+        raise stopping.Interrupted(f"stopped with {len(jobs) - len(status)} runs not begun")
+    return [f"{name}: see {logs[name]}" for name, code in status.items() if code]
+
+
+def title(experiment: Experiment) -> str:
+    """An experiment in words."""
+    return f"{experiment.row}, split {experiment.split}, seed {experiment.seed}"
+
+
+def _job(name: str, log: Path, *flags: str, after: Sequence[str] = ()) -> side_by_side.Job:
+    """A process that does one thing of this command."""
+    command = [sys.executable, "-m", "lclseg.sweep", *_flags(), *flags]
+    return side_by_side.Job(name=name, command=command, log=log, after=after)
+
+
+def _flags() -> list[str]:
+    """The command's own flags, for a process that does one of its runs."""
+    return [
+        f"--{flag.name}={flag.value}"
+        for flag in (_SWEEP, _WORKDIR, _RESULTS, _DATA_DIR, _MANUAL_DIR)
+        if flag.value
+    ]
 
 
 def main(argv):
@@ -262,17 +377,66 @@ def main(argv):
     folder = Path(_RESULTS.value or f"results/{path.stem}").expanduser()
     sweep = load_sweep(path)
     sweep.config.data.update(data_dir=_DATA_DIR.value, manual_dir=_MANUAL_DIR.value)
-    if not _TABLE_ONLY.value:
+    if _PREPARE_ONLY.value:
         setup.set_up_process(sweep.config)
-        if multihost.several():
-            raise SweepError("a sweep runs in one process; start lclseg.main on a cluster")
+        print(setup.prepare(next(experiments(sweep)).config))
+        return
+    if _ONLY.value:
+        _train_only(sweep, _ONLY.value, workdir, folder)
+        return
+    failed: list[str] = []
+    if not _TABLE_ONLY.value:
+        if multihost.settings():
+            raise SweepError("a sweep runs on one machine; start lclseg.main on a cluster")
         try:
             with stopping.ending_on_disk_errors(workdir), stopping.stop_on_signals() as stop_asked:
-                run_missing(sweep, workdir, folder, stop_asked)
+                failed = _train_missing(sweep, workdir, folder, stop_asked)
         except stopping.Interrupted as stop:
             print(f"lclseg: {stop}; the same command goes on from there")
             return
     print(markdown(sweep, read_results(folder, sweep)))
+    if failed:
+        raise SweepError("\n  ".join([f"{len(failed)} runs failed:", *failed]))
+
+
+def _train_missing(
+    sweep: Sweep, workdir: Path, folder: Path, stop_asked: Callable[[], bool]
+) -> list[str]:
+    """Trains on one device, or on all of them side by side; returns what failed."""
+    from lclseg.run import setup
+
+    platform, num_devices = side_by_side.devices_here()
+    if num_devices == 1:
+        setup.set_up_process(sweep.config)
+        run_missing(sweep, workdir, folder, stop_asked)
+        return []
+    logging.basicConfig(format="%(message)s")
+    logger.setLevel(logging.INFO)
+    return run_side_by_side(
+        sweep,
+        workdir,
+        folder,
+        platform=platform,
+        num_devices=num_devices,
+        stop_asked=stop_asked,
+    )
+
+
+def _train_only(sweep: Sweep, name: str, workdir: Path, folder: Path) -> None:
+    """Trains one run, in the process that `run_side_by_side` started for it."""
+    from lclseg.run import setup, stopping
+
+    setup.set_up_process(sweep.config)
+    earlier: list[Experiment] = []
+    for experiment in experiments(sweep):
+        if str(experiment.path) == name:
+            break
+        earlier.append(experiment)
+    try:
+        with stopping.ending_on_disk_errors(workdir), stopping.stop_on_signals() as stop_asked:
+            run_one(experiment, workdir, folder, earlier, stop_asked)
+    except stopping.Interrupted as stop:
+        sys.exit(f"lclseg: {stop}; the same command goes on from there")
 
 
 if __name__ == "__main__":

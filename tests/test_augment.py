@@ -364,6 +364,9 @@ def test_image_and_label_move_together():
         augment.affine_matrix,
         augment.elastic_displacement,
         augment.jitter_intensity,
+        augment.strong_geometry,
+        augment.strong_intensity,
+        augment.add_noise,
     ],
 )
 def test_random_functions_take_key_first_and_options_by_keyword(function):
@@ -489,3 +492,261 @@ def test_labelled_slices_are_not_clipped():
     image = np.full(SHAPE, 3.0, np.float32)
     images, _ = over_keys(image, np.zeros(SHAPE, np.int32), elastic_probability=0.0)
     assert (images[:, 12, 15] > 2).all()
+
+
+# --- strong augmentation -------------------------------------------------------------------------
+
+STILL = {
+    "max_rotation_degrees": 0.0,
+    "scale_range": (1.0, 1.0),
+    "max_log_aspect": 0.0,
+    "max_shift": 0.0,
+    "coarse_sigma": 0.0,
+    "fine_sigma": 0.0,
+}
+RIGID = {"probability": 1.0, "coarse_sigma": 0.0, "fine_sigma": 0.0}
+SAME_INTENSITY = {
+    "max_log_gamma": 0.0,
+    "max_bias": 0.0,
+    "max_log_contrast": 0.0,
+    "max_brightness": 0.0,
+    "blur_sigma_range": (1e-3, 1e-3),
+    "max_zoom": 1.0,
+    "max_noise": 0.0,
+}
+
+
+def strongly_moved(image, label, count=60, **options):
+    one = functools.partial(augment.strong_geometry, **options)
+    images, labels = jax.jit(jax.vmap(one, in_axes=(0, None, None)))(keys(count), image, label)
+    return np.asarray(images), np.asarray(labels)
+
+
+def strong_maps(monkeypatch, count=400, shape=SHAPE, **options):
+    """[count, 2, H, W]: where each output pixel reads the input, (row, column)."""
+    monkeypatch.setattr(augment, "warp", lambda image, label, coordinates: coordinates)
+    one = functools.partial(augment.strong_geometry, **options)
+    image, label = jnp.zeros(shape), jnp.zeros(shape, jnp.int32)
+    return np.asarray(jax.jit(jax.vmap(one, in_axes=(0, None, None)))(keys(count), image, label))
+
+
+def affine_parts(maps):
+    """(matrix [n, 2, 2], shift [n, 2] of the centre) of affine maps, which these must be."""
+    _, _, height, width = maps.shape
+    offsets = np.indices((height, width)).reshape(2, -1).T - (np.array([height, width]) - 1) / 2
+    system = np.hstack([offsets, np.ones((len(offsets), 1))])
+    solved = [np.linalg.lstsq(system, m.reshape(2, -1).T, rcond=None)[0].T for m in maps]
+    for m, found in zip(maps, solved, strict=True):
+        np.testing.assert_allclose(found @ system.T, m.reshape(2, -1), atol=1e-3)
+    solved = np.array(solved)
+    return solved[..., :2], solved[..., 2] - (np.array([height, width]) - 1) / 2
+
+
+def assert_fills(values, low, high):
+    """Even draws of [low, high]: none outside, and the ends nearly reached."""
+    margin = 0.03 * (high - low)
+    assert low - 1e-3 <= np.min(values) < low + margin
+    assert high - margin < np.max(values) <= high + 1e-3
+    assert np.mean(values) == pytest.approx((low + high) / 2, abs=0.06 * (high - low))
+
+
+@pytest.mark.parametrize("options", [STILL | {"probability": 1.0}, {"probability": 0.0}])
+def test_strong_geometry_of_no_strength_changes_nothing(options):
+    image, label = random_slice(SHAPE, dtype=np.uint8)
+    images, labels = strongly_moved(image, label, count=5, **options)
+    np.testing.assert_array_equal(images, np.broadcast_to(image, images.shape))
+    np.testing.assert_array_equal(labels, np.broadcast_to(label, labels.shape))
+
+
+def test_nine_slices_of_ten_are_moved_by_default():
+    image, label = random_slice(SHAPE)
+    images, _ = strongly_moved(image, label, count=400)
+    moved = (images != image).any(axis=(1, 2))
+    assert moved.mean() == pytest.approx(0.9, abs=0.06)
+
+
+def test_strong_affine_maps_fill_their_ranges(monkeypatch):
+    matrices, shifts = affine_parts(strong_maps(monkeypatch, **RIGID))
+    magnification = 1 / np.linalg.norm(matrices, axis=1)  # of rows and of columns
+    turns = matrices * magnification[:, None, :]
+    np.testing.assert_allclose(np.linalg.det(turns), 1, atol=1e-3)  # no flip, no shear
+    degrees = np.degrees(np.arctan2(turns[:, 0, 1], turns[:, 0, 0]))
+    logs = np.log(magnification)
+    assert_fills(degrees, -45, 45)
+    assert_fills(logs.mean(axis=1), np.log(0.7), np.log(1.4))
+    assert_fills(logs[:, 0] - logs[:, 1], -0.15, 0.15)
+    for axis in (0, 1):
+        bound = 0.0625 * SHAPE[axis]
+        assert_fills(shifts[:, axis], -bound, bound)
+    drawn = np.column_stack([degrees, logs, shifts])
+    # Rows and columns are magnified nearly alike; all else is drawn on its own.
+    assert np.abs(np.corrcoef(drawn[:, [0, 1, 3, 4]].T) - np.eye(4)).max() < 0.2
+
+
+def test_any_orientation_adds_flips_and_quarter_turns(monkeypatch):
+    options = RIGID | STILL | {"any_orientation": True}
+    matrices, _ = affine_parts(strong_maps(monkeypatch, **options))
+    whole = np.rint(matrices)
+    np.testing.assert_allclose(matrices, whole, atol=1e-3)
+    kinds, counts = np.unique(whole.reshape(-1, 4), axis=0, return_counts=True)
+    assert len(kinds) == 8  # all symmetries of a square
+    assert counts.min() > 25  # of 50 wanted
+    assert np.abs(np.linalg.det(whole)) == pytest.approx(1)
+
+
+def test_a_scan_with_an_orientation_is_never_flipped(monkeypatch):
+    matrices, _ = affine_parts(strong_maps(monkeypatch, **RIGID))
+    assert (np.linalg.det(matrices) > 0).all()
+
+
+@pytest.mark.parametrize(("name", "nodes"), [("coarse_sigma", 3), ("fine_sigma", 7)])
+def test_strong_elastic_nodes_have_the_stated_spread(monkeypatch, name, nodes):
+    """In a slice of 3 x 5 pixels a tile, each node falls on a pixel."""
+    shape = (3 * nodes, 5 * nodes)
+    maps = strong_maps(
+        monkeypatch, count=2000, shape=shape, **STILL | {"probability": 1.0, name: 0.01}
+    )
+    field = (maps - np.indices(shape)) / np.array(shape)[:, None, None]
+    at_nodes = field[:, :, 1::3, 2::5].reshape(len(field), -1)
+    assert at_nodes.shape[1] == 2 * nodes**2
+    np.testing.assert_allclose(at_nodes.std(axis=0), 0.01, rtol=0.1)
+    np.testing.assert_allclose(at_nodes.mean(axis=0), 0, atol=0.001)
+
+
+def test_strong_fields_do_not_fold(monkeypatch):
+    options = STILL | {"probability": 1.0, "coarse_sigma": 0.12, "fine_sigma": 0.06}
+
+    def areas():
+        maps = strong_maps(monkeypatch, count=40, shape=(64, 64), **options)
+        return [least_area(m - np.indices((64, 64))) for m in maps]
+
+    assert min(areas()) > 0.099
+    unbounded(monkeypatch)
+    assert min(areas()) < 0
+
+
+def test_strong_geometry_moves_image_and_label_together():
+    """The image shows the mask: wherever linear interpolation did not mix, it still does."""
+    _, label = random_slice((8, 8), dtype=np.uint8)
+    label = np.kron(label, np.ones((5, 5), np.uint8))
+    images, labels = strongly_moved(label.astype(np.float32), label)
+    assert labels.dtype == np.uint8 and images.dtype == np.float32
+    assert set(np.unique(labels)) == {0, 1, 2, 3}
+    whole = np.abs(images - np.rint(images)) < 1e-3
+    assert whole.mean() > 0.4
+    # A mixture of 1 and 3 may look like a 2.
+    assert (np.rint(images[whole]) == labels[whole]).mean() > 0.995
+    assert (labels != label).any(axis=(1, 2)).mean() > 0.7
+
+
+@pytest.mark.parametrize("function", ["strong_geometry", "strong_intensity"])
+def test_strong_draws_follow_the_key_of_the_slice_alone(function):
+    """So they are the same however a batch is split over devices."""
+    image, label = random_slice(SHAPE)
+
+    def one(key):
+        if function == "strong_geometry":
+            return augment.strong_geometry(key, image, label)[0]
+        return augment.strong_intensity(key, image)
+
+    batch = np.asarray(jax.jit(jax.vmap(one))(keys(12)))
+    part = np.asarray(jax.jit(jax.vmap(one))(keys(12)[7:10]))
+    np.testing.assert_allclose(part, batch[7:10], atol=1e-4)
+    np.testing.assert_allclose(jax.jit(one)(keys(12)[3]), batch[3], atol=1e-4)
+    assert len({x.tobytes() for x in batch}) > 9  # one of ten slices stays
+
+
+@functools.partial(jax.jit, static_argnames="count")
+def _strongly_changed(image, options, count):
+    one = functools.partial(augment.strong_intensity, **options)
+    return jax.vmap(one, in_axes=(0, None))(keys(count), image)
+
+
+def strongly_changed(image, count=400, **options):
+    image = jnp.asarray(image, jnp.float32)
+    return np.asarray(_strongly_changed(image, SAME_INTENSITY | options, count))
+
+
+def test_strong_intensity_of_no_strength_changes_nothing():
+    image = random_slice(SHAPE)[0] - 0.3  # negative values too
+    found = strongly_changed(image, count=5)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, np.broadcast_to(image, found.shape), atol=1e-6)
+
+
+def test_gamma_contrast_and_brightness_fill_their_ranges():
+    image = np.full(SHAPE, 0.5)
+    gamma = np.log(strongly_changed(image, max_log_gamma=0.45)[:, 3, 4]) / np.log(0.5)
+    assert_fills(np.log(gamma), -0.45, 0.45)
+    contrast = strongly_changed(image, max_log_contrast=0.4) / 0.5
+    assert_fills(np.log(contrast[:, 3, 4]), -0.4, 0.4)
+    brightness = strongly_changed(image, max_brightness=0.2) - image
+    assert_fills(brightness[:, 3, 4], -0.2, 0.2)
+    for found in (contrast, brightness):  # one draw a slice
+        np.testing.assert_allclose(np.ptp(found, axis=(1, 2)), 0, atol=1e-5)
+
+
+def test_gamma_keeps_signs():
+    found = strongly_changed(np.full(SHAPE, -0.5), max_log_gamma=0.45)[:, 3, 4]
+    assert_fills(np.log(np.log(-found) / np.log(0.5)), -0.45, 0.45)
+
+
+def test_bias_field_is_smooth_and_drawn_at_nine_nodes():
+    shape = (9, 15)
+    field = strongly_changed(np.ones(shape), count=1500, max_bias=0.25) - 1
+    for node in field[:, 1::3, 2::5].reshape(len(field), 9).T:
+        assert_fills(node, -0.25, 0.25)
+    rows, columns = keys_cubic_weights(9), keys_cubic_weights(15)
+    for one in field[:3]:
+        np.testing.assert_allclose(one, rows @ one[1::3, 2::5] @ columns.T, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options", [{"blur_sigma_range": (1.0, 1.0)}, {"max_zoom": 2.0}, {"max_noise": 0.08}]
+)
+def test_blur_low_resolution_and_noise_are_each_for_half_of_the_slices(options):
+    image = random_slice(SHAPE)[0]
+    changed = np.abs(strongly_changed(image, **options) - image).max(axis=(1, 2)) > 1e-4
+    assert changed.mean() == pytest.approx(0.5, abs=0.08)
+
+
+def test_noise_fills_its_range_and_differs_in_every_pixel():
+    found = strongly_changed(np.zeros((40, 41)), max_noise=0.08)
+    sigma = found.std(axis=(1, 2))
+    noisy = sigma > 0
+    assert_fills(sigma[noisy] / 1.0, 0, 0.08 * 1.02)
+    some = found[noisy][:2].reshape(2, -1)
+    assert np.unique(some[0]).size > 0.99 * some[0].size
+    assert abs(np.corrcoef(some)[0, 1]) < 0.1
+
+
+@pytest.mark.parametrize("sigma", [0.3, 1.0, 1.5])
+def test_blur_matches_scipy(sigma):
+    image = random_slice(SHAPE)[0]
+    expected = scipy.ndimage.gaussian_filter(image, sigma, mode="nearest", radius=4)
+    np.testing.assert_allclose(augment.gaussian_blur(image, sigma), expected, atol=1e-5)
+
+
+def test_low_resolution_by_hand():
+    image = random_slice((12, 18))[0]
+    np.testing.assert_allclose(augment.low_resolution(image, 1.0), image, atol=1e-6)
+    blocks = image.reshape(6, 2, 9, 2).mean(axis=(1, 3))  # linear between its four pixels
+    expected = np.kron(blocks, np.ones((2, 2)))
+    np.testing.assert_allclose(augment.low_resolution(image, 2.0), expected, atol=1e-5)
+    expected = np.kron(image[1::3, 1::3], np.ones((3, 3)))  # the middle of its nine
+    np.testing.assert_allclose(augment.low_resolution(image, 3.0), expected, atol=1e-5)
+
+
+def test_low_resolution_between_whole_zooms_has_fewer_rows():
+    found = np.asarray(augment.low_resolution(random_slice((30, 30))[0], 1.5))
+    assert len(np.unique(found, axis=0)) == len(np.unique(found, axis=1).T) == 20
+
+
+def test_added_noise_is_normal_and_clipped():
+    image = np.full((200, 200), 3, np.float32)
+    noise = np.asarray(augment.add_noise(jax.random.key(0), image, sigma=0.1, bound=0.2)) - 3
+    assert noise.dtype == np.float32
+    assert np.abs(noise).max() == pytest.approx(0.2, abs=1e-5)
+    share = np.mean(np.abs(noise) < 0.1)
+    assert share == pytest.approx(0.683, abs=0.01)  # within one sigma
+    assert np.mean(np.abs(noise) > 0.2 - 1e-5) == pytest.approx(0.0455, abs=0.005)

@@ -96,3 +96,11 @@ def test_config_keys_exist(page):
     assert keys - known == set()
     for key in re.findall(r"--config\.method\.(\w+)", text):
         assert key in configs[0].method
+
+
+def test_every_config_and_method_is_told_of():
+    text = (DOCS / "running.md").read_text()
+    for folder in (ROOT / "configs", ROOT / "configs" / "methods"):
+        for path in folder.glob("*.py"):
+            name = path.stem if folder.name == "methods" else path.name
+            assert f"`{name}`" in text or path.name.startswith(("default", "_")), name

@@ -430,3 +430,13 @@ def test_bad_label_maps_raise(change, message):
 def test_record_of_other_classes_raises():
     with pytest.raises(ValueError, match=r"'case 1' has classes \['a', 'b'\].*\['a', 'c'\]"):
         metrics.summarize({"case 1": record_of(1, 1)}, class_names=("a", "c"))
+
+
+def test_mean_foreground_dice_by_hand():
+    """Class 1: 2 * 1 / (2 + 1); class 2, in one of them only: 0; class 3, in neither: left out."""
+    one, two = np.array([0, 1, 1, 2]), np.array([0, 1, 0, 0])
+    nothing = np.zeros(4, int)
+    assert metrics.mean_foreground_dice(one, two, 4) == pytest.approx((2 / 3 + 0) / 2)
+    assert metrics.mean_foreground_dice(two, two, 4) == 1
+    assert metrics.mean_foreground_dice(nothing, one, 4) == 0
+    assert metrics.mean_foreground_dice(nothing, nothing, 4) is None

@@ -7,12 +7,13 @@ import json
 import os
 import signal
 import socket
+import subprocess
 import sys
 import time
 
 import numpy as np
 import pytest
-from small_run import SHORT, STAGES, Program, end_of, newest_state
+from small_run import ROOT, SHORT, STAGES, Program, end_of, newest_state
 
 from lclseg.run import multihost
 from lclseg.run.config_checks import ConfigError
@@ -52,6 +53,43 @@ def test_settings_of_a_cluster():
 def test_wrong_settings_are_refused(change, message):
     with pytest.raises(ConfigError, match=message):
         multihost.settings(GIVEN | change)
+
+
+def connect_under(**environment):
+    """A process that joins its cluster, under these variables; none of this one's own tells."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "OMPI_", "PMI_"))}
+    return subprocess.run(
+        [sys.executable, "-c", "from lclseg.run import multihost; multihost.connect()"],
+        cwd=ROOT,
+        env=clean | environment,
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"SLURM_NTASKS": "4"},  # a batch script that was not started with srun
+        {"OMPI_COMM_WORLD_SIZE": "2"},  # Open MPI 5
+        {"PMI_SIZE": "2"},
+        {"OMPI_COMM_WORLD_SIZE": "2", "SLURM_NTASKS": "1"},
+    ],
+    ids=str,
+)
+def test_several_tasks_that_jax_does_not_detect_are_refused(environment):
+    """Each would train alone, into one folder."""
+    ended = connect_under(**environment)
+    name, number = next(iter(environment.items()))
+    assert ended.returncode != 0
+    assert f"ConfigError: {name} is {number}, but JAX finds no cluster" in ended.stderr
+    assert "srun" in ended.stderr and f"{name}=1" in ended.stderr
+
+
+@pytest.mark.parametrize("environment", [{}, {"SLURM_NTASKS": "1"}], ids=str)
+def test_a_lone_process_needs_no_cluster(environment):
+    ended = connect_under(**environment)
+    assert (ended.returncode, ended.stderr) == (0, "")
 
 
 def test_shares_are_the_batch(monkeypatch):

@@ -27,6 +27,9 @@ from lclseg.methods.contract import (
     segmentation_term,
     unlabeled_sampler,
 )
+from lclseg.rules import NOT_NEGATIVE
+
+RULES = {"weight": NOT_NEGATIVE}
 
 
 def make(options: Any, base: Base) -> Method:

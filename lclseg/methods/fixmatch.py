@@ -24,6 +24,9 @@ from lclseg.methods.contract import (
     teacher_probs,
     unlabeled_sampler,
 )
+from lclseg.rules import NOT_NEGATIVE, SHARE_BELOW_1
+
+RULES = {"weight": NOT_NEGATIVE, "threshold": SHARE_BELOW_1}
 
 
 def make(options: Any, base: Base) -> Method:

@@ -28,6 +28,9 @@ from lclseg.methods.contract import (
     teacher_probs,
     unlabeled_sampler,
 )
+from lclseg.rules import NOT_NEGATIVE
+
+RULES = {"weight": NOT_NEGATIVE, "noise_sigma": NOT_NEGATIVE, "noise_bound": NOT_NEGATIVE}
 
 
 def make(options: Any, base: Base) -> Method:

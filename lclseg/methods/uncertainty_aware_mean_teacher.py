@@ -30,8 +30,16 @@ from lclseg.methods.contract import (
     unlabeled_sampler,
 )
 from lclseg.random_keys import slice_keys
+from lclseg.rules import NOT_NEGATIVE, PROBABILITY, whole
 
 Array = jax.Array
+RULES = {
+    "weight": NOT_NEGATIVE,
+    "noise_sigma": NOT_NEGATIVE,
+    "noise_bound": NOT_NEGATIVE,
+    "passes": whole(1),
+    "start": PROBABILITY,
+}
 
 
 def entropy(probs: Array) -> Array:

@@ -34,8 +34,19 @@ from lclseg.methods.contract import (
 )
 from lclseg.mixing import cutmix_mask, mix
 from lclseg.random_keys import named_key, slice_keys
+from lclseg.rules import PROBABILITY, SHARE_BELOW_1, span
 
 STRONG = ("strong_1", "strong_2")
+RULES = {
+    "threshold": SHARE_BELOW_1,
+    "cutmix_probability": PROBABILITY,
+    "cutmix_area_range": span(
+        lambda low, high: 0 < low <= high < 1, "(low, high) with 0 < low <= high < 1"
+    ),
+    "cutmix_aspect_range": span(
+        lambda low, high: 0 < low <= high, "(low, high) with 0 < low <= high"
+    ),
+}
 
 
 def make(options: Any, base: Base) -> Method:
