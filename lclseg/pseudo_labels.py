@@ -23,7 +23,7 @@ SUSPICIOUS_FACTOR = 4
 
 
 # Label of pixels that are too uncertain to learn from: no class, so that no loss counts them.
-IGNORE = 255
+IGNORE = nifti.IGNORED
 
 
 class PseudoLabelError(ValueError):
@@ -140,12 +140,11 @@ def make_pseudo_labels(
         native_label = evaluation.to_native_label(prepared, volume_id, probs)
         path = folder / f"{volume_id}.nii.gz"
         nifti.write_label(
-            path, native_label, native.affine, native.spacing_mm, slice_axis=prepared.slice_axis
+            path, native_label, native.affine, native.spacing_mm, turn=native.orientation
         )
         if native.label is not None:  # hidden from training; tells how good the pseudo-labels are
             true_metrics[volume_id] = metrics.volume_metrics(
-                native_label,
-                native.label,
+                *evaluation.without_ignored(native_label, native.label),
                 native.spacing_mm,
                 class_names=prepared.class_names,
                 with_distances=False,

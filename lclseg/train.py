@@ -35,7 +35,7 @@ from lclseg.run.setup import (
     take_over_baseline,
 )
 from lclseg.run.stopping import Interrupted
-from lclseg.run.workdir import forget_lines, new_results, read_json, write_json
+from lclseg.run.workdir import forget_lines, new_results, read_json, write_json, write_text
 
 ZEROS_TO_WARN = 5  # validations in a row
 OVERLAYS = 2  # validation volumes shown in TensorBoard
@@ -393,6 +393,8 @@ def train_and_evaluate(
     if proposed:
         logger.info("\n%s", proposed)
     run = start_run(config, workdir, stop_asked)
+    if proposed and multihost.is_first():
+        write_text(workdir / "proposal.txt", proposed + "\n")  # with its warnings, for the page
     results = read_json(workdir / "results.json") or new_results(config, run.prepared, run.split)
     if config.rounds.baseline_from and "baseline" not in results["results"]:
         if multihost.is_first():

@@ -38,6 +38,8 @@ def draw_lists(
     fewer than 4 are left. Test: all that are left; but where every patient has ground truth, a
     fifth of them, so that the others make the unlabelled pool. "all" labels all but validation and
     test, again a fifth. Where `num_labeled` is all there are, one of them is for validation.
+    Patients whose ground truth is empty join a test set that has others, or the labelled ones of
+    "all"; alone they would tell nothing.
 
     Args:
       rng: random.
@@ -57,26 +59,32 @@ def draw_lists(
     named = {p for patients in lists.values() for p in patients}
     free = [p for p in sorted(classes_shown) if p not in named]
     free = [free[i] for i in rng.permutation(len(free))]
+    empty = [p for p in free if not classes_shown[p]]
+    free = [p for p in free if classes_shown[p]]
 
     open_roles = {role for role in ROLES if not lists[role]}
     least = len(open_roles & {"labeled", "validation"})
     if "labeled" in open_roles and num_labeled != "all":
         least = max(least, int(num_labeled))
     if len(free) < least:
+        left_out = ", those in lists left out" if named else ""
+        left_out += f", {len(empty)} empty masks too" if empty else ""
         raise SplitError(
-            f"{len(free)} patients with ground truth{', those in lists left out' if named else ''};"
-            f" wanted at least {least}, to learn from and to choose the checkpoint by: add masks, "
-            "or lower data.num_labeled"
+            f"{len(free)} patients with ground truth{left_out}; wanted at least {least}, to learn "
+            "from and to choose the checkpoint by: add masks, or lower data.num_labeled"
         )
     has_pool = num_unlabeled > 0 or "unlabeled" not in open_roles
     count = _how_many(len(free), open_roles, num_labeled, has_pool=has_pool)
 
     drawn = {"labeled": sorted(free, key=lambda p: -classes_shown[p])[: count["labeled"]]}
     rest = [p for p in free if p not in drawn["labeled"]]
-    # A mask without foreground tells nothing of a checkpoint.
-    rest.sort(key=lambda p: classes_shown[p] == 0)
     for role in ("validation", "test"):
         drawn[role], rest = rest[: count[role]], rest[count[role] :]
+    joined = "labeled" if num_labeled == "all" else "test"
+    if joined in open_roles and drawn[joined] and not (rest and joined == "test"):
+        drawn[joined] += empty
+    else:
+        rest += empty
     found = {role: tuple(lists[role]) or tuple(sorted(drawn[role])) for role in drawn}
 
     notes = [_role_note(role, found[role], role in open_roles) for role in found]
@@ -189,11 +197,17 @@ def resolve_split(
                 f"data.{role}, or add the files and prepare the set anew"
             )
         entries = [e for p in patients for e in volumes_of[p]]
-        blind = [e.volume_id for e in entries if not e.has_label]
-        if role != "unlabeled" and blind:
-            raise SplitError(
-                f"{role} volumes without ground truth: {', '.join(blind[:8])}; only unlabelled "
-                "volumes may lack it"
-            )
+        if role != "unlabeled":
+            # Of a patient with several scans those with ground truth play the role.
+            blind = [p for p in patients if not any(e.has_label for e in volumes_of[p])]
+            if blind:
+                names = [e.volume_id for p in blind for e in volumes_of[p]]
+                raise SplitError(
+                    f"{role} volumes without ground truth: {', '.join(names[:8])}; only unlabelled "
+                    "volumes may lack it"
+                )
+            entries = [e for e in entries if e.has_label]
+        elif not data_config.unlabeled:
+            entries += [e for p in lists["labeled"] for e in volumes_of[p] if not e.has_label]
         ids[role] = tuple(e.volume_id for e in entries)
     return Split(**ids)
