@@ -40,7 +40,7 @@ from lclseg.run.setup import (
 from lclseg.run.stage_files import open_stage_files
 from lclseg.run.stopping import Interrupted
 from lclseg.run.store import DeviceSlices, Labels
-from lclseg.run.workdir import chosen_stage, new_results, read_json, write_json
+from lclseg.run.workdir import chosen_stage, new_results, read_json, write_json, write_text
 
 ZEROS_TO_WARN = 5  # validations in a row
 OVERLAYS = 2  # validation volumes shown in TensorBoard
@@ -547,6 +547,8 @@ def train_and_evaluate(
         logger.info("\n%s", proposed)
     run = start_run(config, workdir, stop_asked)
     with run.lock:
+        if proposed and multihost.is_first():
+            write_text(workdir / "proposal.txt", proposed + "\n")  # with its warnings, for the page
         return train_stages(run)
 
 
