@@ -14,7 +14,7 @@ from lclseg.data import own_data
 from lclseg.data.dataset import open_prepared
 from lclseg.data.nifti import VolumeError
 from lclseg.data.splits import SplitError, draw_lists
-from lclseg.run.config_checks import ConfigError
+from lclseg.errors import ConfigError
 from tfds_builders import slices
 from tfds_builders.mmwhs import mmwhs_dataset_builder as mmwhs
 

@@ -10,11 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from lclseg.errors import ConfigError
 from lclseg.page.recorded import read_run
 from lclseg.run import workdir as workdirs
-from lclseg.run.config_checks import ConfigError
-from lclseg.run.setup import claim_workdir
-from lclseg.run.workdir import WorkdirError, chosen_stage, lock
+from lclseg.run.workdir import WorkdirError, chosen_stage, claim_workdir, lock
 
 ROOT = Path(__file__).parents[1]
 HOLD = """

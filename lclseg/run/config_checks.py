@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from lclseg.data import own_data
 from lclseg.data.layouts import MAX_CHANNELS
 from lclseg.data.splits import choose_lists
-from lclseg.errors import UserError
+from lclseg.errors import ConfigError, UserError
 from lclseg.rules import (
     ABOVE_0,
     FACTORS,
@@ -28,11 +28,6 @@ from lclseg.rules import (
     span,
     whole,
 )
-
-
-class ConfigError(UserError):
-    """A config that cannot be run; the message names the keys and the way out."""
-
 
 ANY = Rule(lambda v: True, "any value")
 THRESHOLD = Rule(SHARE_BELOW_1.holds, "0 <= x < 1, 0 to accept all")
