@@ -199,7 +199,7 @@ def mean_predictor(models: Sequence[TrainedModel]) -> evaluation.Predict:
     predictors = [
         devices.batched_predictor(
             devices.compiled_predict(model_files.unet(m.preprocessing, m.architecture)),
-            m.state,
+            devices.replicate(m.state),
             batch_size=m.batch_size,
         )
         for m in models
