@@ -12,9 +12,10 @@ import nibabel as nib
 import numpy as np
 import pytest
 from hypothesis import strategies as st
+from ml_collections import ConfigDict
 
 from lclseg import check_data
-from lclseg.data import nifti
+from lclseg.data import nifti, own_data
 from lclseg.data.layouts import find_files
 
 AFFINE = np.diag([1.0, 1.0, 4.0, 1.0])
@@ -148,7 +149,7 @@ FAULTS = {
     "no foreground": (
         "labels",
         lambda p: write(p, np.zeros((6, 7, 4), np.uint8)),
-        "1 patients with ground truth, 1 empty masks too; wanted at least 2",
+        r"the masks of data\.\w+ \(case1\) show no class at all; set",
     ),
 }
 
@@ -158,8 +159,22 @@ def test_each_fault_is_one_line(folder, part, spoil, message):
     path = folder / part / "case1.nii.gz"
     spoil(path)
     (problem,) = check_data.check_folder(folder, 3).problems
-    assert problem.startswith(str(path)) or "patients" in problem
+    assert problem.startswith(str(path)) or "(case1)" in problem
     assert re.search(message, problem), problem
+
+
+def test_empty_test_masks_alone(folder):
+    """What a run finds once it has prepared them is told here at once."""
+    for n in (2, 3, 4):
+        write(folder / "images" / f"case{n}.nii.gz", image())
+        write(folder / "labels" / f"case{n}.nii.gz", label())
+    write(folder / "images" / "case5.nii.gz", image())
+    config = ConfigDict({"data": {**own_data.OPEN, "manual_dir": str(folder)}})
+    (tested,) = own_data.complete(config)[0].data.test
+    assert check_data.check_folder(folder).problems == ()
+    write(folder / "labels" / f"{tested}.nii.gz", np.zeros((6, 7, 4), np.uint8))
+    (problem,) = check_data.check_folder(folder).problems
+    assert f"the masks of data.test ({tested}) show no class at all" in problem
 
 
 def test_all_problems_at_once_and_exit_code(folder):

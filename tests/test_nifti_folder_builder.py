@@ -678,6 +678,26 @@ def test_a_class_that_no_labelled_mask_shows_is_told(tmp_path):
     assert "WARNING: no labelled mask shows class_2" in text
 
 
+def test_scans_of_a_patient_play_one_role(tmp_path):
+    for n, case in enumerate(f"p{p}_scan{s}" for p in range(6) for s in (1, 2)):
+        write(tmp_path / "images" / f"{case}.nii.gz", image_of(n, SHAPE))
+        if case != "p3_scan2":
+            write(tmp_path / "labels" / f"{case}.nii.gz", mask(SHAPE, BOX, OTHER))
+    config, text = complete(tmp_path)
+    assert config.data.pool == config.data.with_mask == tuple(f"p{p}" for p in range(6))
+    assert "6 patients have several scans" in text
+    apart, _ = complete(tmp_path, patients_by_name=False)
+    assert len(apart.data.pool) == 12 and len(apart.data.with_mask) == 11
+
+
+def test_images_and_labels_for_testing_are_the_test_set(tmp_path):
+    make_nnunet(tmp_path, {"background": 0, "ring": 1, "disc": 2})
+    write(tmp_path / "labelsTs" / "c.nii.gz", mask(SHAPE, BOX, OTHER))
+    for seed in range(4):
+        data = complete(tmp_path, draw_seed=seed)[0].data
+        assert data.test == ("c",) and {*data.labeled, *data.validation} == {"a", "d"}
+
+
 def test_config_with_lists(tmp_path):
     """On top of a folder: roles do not overlap, whoever has none is in the pool."""
     make_simple(tmp_path, num_masks=5, num_cases=7)

@@ -601,16 +601,14 @@ def check_masks(
       SplitError: no labelled mask, or no validation mask, shows any of the classes.
     """
     masks = [s for s in surveys if s.voxels]
-    empty = [s for s in masks if not any(v in s.voxels for v in data.label_values)]
+    shows = {s.case_id: any(v in s.voxels for v in data.label_values) for s in masks}
     for role in ("labeled", "validation"):
-        own = [s for s in masks if patient[s.case_id] in data[role]]
+        own = [case for case in shows if patient[case] in data[role]]
         # Of a list given by hand, a case without a mask is for `splits.resolve_split` to name.
-        if (
-            own
-            and all(s in empty for s in own)
-            and {patient[s.case_id] for s in own} >= {*data[role]}
-        ):
-            raise empty_masks(role, [s.case_id for s in own])
+        complete_list = {patient[case] for case in own} >= {*data[role]}
+        if own and complete_list and not any(shows[case] for case in own):
+            raise empty_masks(role, own)
+    empty = [s for s in masks if not shows[s.case_id]]
     lines = []
     if empty:
         some = ", ".join(str(s.files.label) for s in empty[:NAMED])
