@@ -34,8 +34,20 @@ from lclseg.methods.contract import (
 )
 from lclseg.mixing import cutmix_mask, mix, next_slices
 from lclseg.random_keys import named_key, slice_keys
+from lclseg.rules import NOT_NEGATIVE, PROBABILITY, SHARE_BELOW_1, span, whole
 
 Array = jax.Array
+
+# What each option must be.
+RULES = {
+    "weight": NOT_NEGATIVE,
+    "threshold": SHARE_BELOW_1,
+    "teacher_decay": SHARE_BELOW_1,
+    "period": whole(1),
+    "box_probability": PROBABILITY,
+    "box_area": span(lambda low, high: 0 < low <= high < 1, "(low, high) with 0 < low <= high < 1"),
+    "box_aspect": span(lambda low, high: 0 < low <= high, "(low, high) with 0 < low <= high"),
+}
 
 
 def in_second_phase(step: Array, period: int) -> Array:
