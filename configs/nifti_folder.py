@@ -5,11 +5,11 @@
 
 Expected: some minutes on two CPU cores; the score depends on the data, see report.html.
 
-MYDATA holds images/ and labels/ with equal names, or imagesTr/, labelsTr/, imagesTs/ and
-dataset.json (nnU-Net, Medical Segmentation Decathlon). What is left open here (0, -1, ()) is
-proposed from the data and printed before the run. The schedule, 300 + 2 x 150 steps, is for a first
-look without a GPU; with one, raise rounds.baseline_steps and rounds.steps_per_round (the paper:
-5000 each).
+MYDATA holds images/ and labels/ with equal names, or imagesTr/, labelsTr/, imagesTs/, labelsTs/
+and dataset.json (nnU-Net, Medical Segmentation Decathlon), as NIfTI, MetaImage or NRRD files. What
+is left open here (0, -1, ()) is proposed from the data and printed before the run. The schedule,
+300 + 2 x 150 steps, is for a first look without a GPU; with one, raise rounds.baseline_steps and
+rounds.steps_per_round (the paper: 5000 each).
 """
 
 import runpy
@@ -28,9 +28,15 @@ def get_config(method: str = "local_contrastive") -> ConfigDict:
     data.name = "nifti_folder"
     data.image_size = 0  # px, a multiple of 32; 0: what covers the masks' foreground
     data.target_spacing_mm = 0.0  # in-plane; 0: median
-    data.slice_axis = -1  # of the files, 0, 1 or 2; -1: the one of coarsest spacing
+    # Slices lie along: 0 left to right, 1 back to front, 2 up; -1: the one of coarsest spacing.
+    data.slice_axis = -1
     data.label_values = ()  # in the masks, of the classes 1, 2, ...; (): all but 0
     data.class_names = ()  # (): from dataset.json, or class_<value>
+    data.ignore_value = -1  # in the masks, where nothing is known; -1: "ignore" of dataset.json
+    data.exclude = ()  # cases to leave out
+    data.patients_by_name = True  # patient1_frame01, patient1_frame12: one patient, one role
+    data.channels = ()  # of NAME_0000, NAME_0001, ...; (): all
+    data.windows = ()  # (low, high) or None by channel; (): of CT, what the foreground has
     data.folder_digest = ""  # filled in: names, sizes and times of the files
     data.with_mask = ()  # filled in: cases that have one, so that a later run knows the new ones
     # Cases with a mask to learn from; "all": but for validation and test. The lists of cases are

@@ -1,75 +1,81 @@
 """python -m lclseg.check_data --input=FOLDER [--num_classes=C]
 
-Looks at every NIfTI image and label of a folder and prints one line for each problem: file, found,
-wanted, way out. Exit code 1 if there is any. Layouts: see `nifti_folder.find_files`.
+Looks at every image and label of a folder, as a run with configs/nifti_folder.py does, and prints
+one line for each problem: file, found, wanted, way out; then what would be proposed, and warnings.
+Exit code 1 if there is a problem. Layouts: see `layouts.find_files`.
 """
 
-import collections
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
-import numpy as np
 from absl import app, flags
+from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from lclseg.data import nifti
+from lclseg.data import own_data, preprocess
 from lclseg.data.layouts import Files, find_files
-from lclseg.errors import in_words
+from lclseg.data.nifti import VolumeError
+from lclseg.data.preprocess import Preprocessing
+from lclseg.errors import UserError, in_words
 
-_INPUT = flags.DEFINE_string("input", None, "Folder of NIfTI files.")
+_INPUT = flags.DEFINE_string("input", None, "Folder of volumes.")
 _NUM_CLASSES = flags.DEFINE_integer(
     "num_classes",
     None,
     "Labels must be 0..C-1; not given: any whole numbers 0..65535.",
     lower_bound=2,
 )
-MIN_FOREGROUND_SLICES = 2  # of a labelled volume
 
 
-def problems_of_folder(folder: Path, num_classes: int | None = None) -> Iterator[str]:
-    """Yields the problems of a folder, a line each.
+class Report(NamedTuple):
+    """What was found: a line each.
+
+    Attributes:
+      problems: why a run would refuse the folder; () where it would not.
+      proposal: what a run would propose, its warnings last; "" where there are problems.
+    """
+
+    problems: tuple[str, ...]
+    proposal: str
+
+
+def check_folder(folder: Path, num_classes: int | None = None) -> Report:
+    """Looks at a folder as a run does, and reads every file of it.
 
     Args:
-      folder: see `nifti_folder.find_files`.
+      folder: see `layouts.find_files`.
       num_classes: labels must be 0..C-1; None: any whole numbers 0..65535.
     """
-    if not folder.is_dir():
-        yield f"{folder}: no such folder"
-        return
-    files = find_files(folder)
-    if not files:
-        yield f"{folder}: no .nii or .nii.gz file in it; wanted images/ and labels/, or imagesTr/"
-    counts = collections.Counter(f.case_id for f in files)
-    for case_id, count in counts.items():
-        if count > 1:
-            paths = ", ".join(str(f.image) for f in files if f.case_id == case_id)
-            yield f"{folder}: {count} images are called {case_id} ({paths}); rename all but one"
-    for case in tqdm(files, "validating", disable=None, leave=False):
-        yield from problems_of_case(case, num_classes)
+    config = ConfigDict({"data": {**own_data.OPEN, "manual_dir": str(folder)}})
+    problems: list[str] = []
+    proposal = ""
+    try:
+        whole, proposal = own_data.complete(config)
+    except UserError as error:
+        problems += str(error).splitlines()
+    files = find_files(folder) if folder.is_dir() else []
+    for case in tqdm(files, "checking", disable=None, leave=False):
+        problems += [p for p in problems_of_case(case, num_classes) if p not in problems]
+    if not problems and (empty := own_data.empty_test(whole.data)):
+        problems.append(str(empty))
+    return Report(tuple(problems), "" if problems else proposal)
 
 
 def problems_of_case(case: Files, num_classes: int | None = None) -> Iterator[str]:
     """Yields the problems of an image and its label, a line each."""
+    values = tuple(range(1, num_classes or 2))
+    how = Preprocessing((), values, False, 1, 1.0, 0, None, channels=case.numbers)
     try:
-        image = nifti.read_image(case.image)
-    except nifti.VolumeError as error:
-        yield from str(error).splitlines()
-        return  # a label can only be judged beside its image
-    if case.label is None:
-        return
-    try:
-        label = nifti.read_raw_label(case.label, image, case.image)
-        highest = nifti.MAX_LABEL_VALUE if num_classes is None else num_classes - 1
-        nifti.check_label_values(case.label, label, highest)
-    except nifti.VolumeError as error:
+        _, others = preprocess.read_case(case, how)
+    except VolumeError as error:
         yield from str(error).splitlines()
         return
-    shown = int(np.any(label > 0, axis=(0, 1)).sum())
-    if shown < MIN_FOREGROUND_SLICES:
+    if num_classes is not None and others:
         yield (
-            f"{case.label}: {shown} of {label.shape[2]} slices show foreground; wanted at least "
-            f"{MIN_FOREGROUND_SLICES}: is it the right file, and are slices on the last axis?"
+            f"{case.label}: found label values {', '.join(f'{v:g}' for v in others)}; wanted whole "
+            f"numbers 0..{num_classes - 1}: mend the file, or give another --num_classes"
         )
 
 
@@ -77,15 +83,14 @@ def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"unknown argument {argv[1]!r}")
     folder = Path(_INPUT.value).expanduser()
-    problems = 0
-    for problem in problems_of_folder(folder, _NUM_CLASSES.value):
-        tqdm.write(problem)
-        problems += 1
-    if problems:
+    report = check_folder(folder, _NUM_CLASSES.value)
+    if report.problems:
+        print("\n".join(report.problems))
         sys.exit(1)
     files = find_files(folder)
     labelled = sum(f.label is not None for f in files)
-    print(f"{len(files)} images, {labelled} of them with a label: no problem found")
+    print(report.proposal)
+    print(f"{len(files)} cases, {labelled} of them with a label: no problem found")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,10 @@ class UserError(Exception):
     """Something that the user can mend; the message names it, what was wanted, and the way out."""
 
 
+class ConfigError(UserError):
+    """A config that cannot be run; the message names the keys and the way out."""
+
+
 class NonFiniteLossError(UserError):
     """The loss, or a gradient, became NaN or infinite; training on would lose the weights."""
 

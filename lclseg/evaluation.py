@@ -70,6 +70,12 @@ def to_native_label(prepared: PreparedSet, volume_id: str, probs: np.ndarray) ->
     )
 
 
+def without_ignored(label: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Both with background wherever the truth is not known, so that nothing there counts."""
+    ignored = truth == nifti.IGNORED
+    return np.where(ignored, 0, label), np.where(ignored, 0, truth)
+
+
 def evaluate(
     predict: Predict,
     prepared: PreparedSet,
@@ -104,11 +110,10 @@ def evaluate(
         if save_to is not None:
             path = save_to / f"{prediction.volume_id}.nii.gz"
             nifti.write_label(
-                path, label, native.affine, native.spacing_mm, slice_axis=prepared.slice_axis
+                path, label, native.affine, native.spacing_mm, turn=native.orientation
             )
         records[prediction.volume_id] = metrics.volume_metrics(
-            label,
-            native.label,
+            *without_ignored(label, native.label),
             native.spacing_mm,
             class_names=prepared.class_names,
             with_distances=with_distances,

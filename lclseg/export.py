@@ -220,8 +220,16 @@ def model_card(model: TrainedModel) -> str:
     transforms = [
         f"channel {how.channel} of 4-D files" if how.channel is not None else "",
         "N4 bias-field correction" if how.n4_shrink_factor else "",
-        "intensities to [0, 1] by the 1st and 99th percentile of the volume",
-        f"slices along axis {how.slice_axis + 1} of the file",
+        f"channels {', '.join(map(str, how.channels))} of a case" if how.channels else "",
+        "intensities to [0, 1] by the 1st and 99th percentile of the volume, held within -1 to 3"
+        if not all(how.windows) or not how.windows
+        else "",
+        *(
+            f"intensities of channel {n}, {w[0]:.4g} to {w[1]:.4g}, to [0, 1]"
+            for n, w in zip(how.channels or (0,), how.windows, strict=False)
+            if w
+        ),
+        f"axes turned to {how.orientation}, slices along the last",
         f"in-plane resampling to {spacing} x {spacing} mm",
         f"cropped or padded to {how.image_size} x {how.image_size} pixels about the centre",
     ]
@@ -281,7 +289,7 @@ lclseg.predict does it, and brings the result back onto the input.
 ## Intended use
 
 Research on segmentation of images like those it was trained on: same modality, sequence, anatomy,
-field of view and slice direction. Not a medical device: no diagnosis or treatment may rest on it.
+and field of view. Not a medical device: no diagnosis or treatment may rest on it.
 
 ## Limits
 

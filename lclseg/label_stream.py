@@ -16,7 +16,9 @@ from lclseg import evaluation
 from lclseg.crf import dense_crf
 from lclseg.pseudo_labels import PseudoLabels, count_classes, label_of
 from lclseg.run import multihost
-from lclseg.run.setup import Run, Stage, predictor
+from lclseg.run.predictions import predictor
+from lclseg.run.programs import Stage
+from lclseg.run.setup import Run
 
 
 class StoredLabels:

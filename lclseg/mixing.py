@@ -8,6 +8,8 @@ import math
 import jax
 import jax.numpy as jnp
 
+from lclseg.random_keys import first_place
+
 Array = jax.Array
 
 
@@ -76,3 +78,10 @@ def cutmix_mask(
 def mix(mask: Array, first: Array, second: Array) -> Array:
     """`first` where the mask is True, `second` elsewhere; all [..., H, W]."""
     return jnp.where(mask, first, second)
+
+
+def next_slices(x: Array, axis_name: str | None) -> Array:
+    """Of each slice the next one of the *global* batch, of the last one the first: [n, ...]."""
+    everything = x if axis_name is None else jax.lax.all_gather(x, axis_name, tiled=True)
+    places = first_place(len(x), axis_name) + jnp.arange(len(x)) + 1
+    return everything[places % len(everything)]

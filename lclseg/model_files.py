@@ -17,7 +17,7 @@ from lclseg.errors import UserError
 from lclseg.methods.base import method_of
 from lclseg.models import UNet
 from lclseg.run import checkpoint
-from lclseg.run.setup import make_optimizer
+from lclseg.run.programs import make_optimizer
 from lclseg.run.workdir import chosen_stage, read_json
 
 LAST = "last"  # in place of a stage's name: the newest weights of the last one

@@ -1,13 +1,14 @@
 """python -m lclseg.predict --workdir=RUN --input=FILE_OR_FOLDER --output=FOLDER
 
-Segments NIfTI volumes of any size and spacing with the best model of a run, that of a --stage, or
-a model that lclseg.export wrote; several --workdir: with the mean of their probabilities. Results
-lie on the input, in the label values of the data set.
+Segments volumes of any size, spacing and orientation with the best model of a run, that of a
+--stage, or a model that lclseg.export wrote; several --workdir: with the mean of their
+probabilities. Results lie on the input, in the label values of the data set.
 """
 
 import argparse
 import collections
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,8 +18,17 @@ from tqdm import tqdm
 
 from lclseg import evaluation, export, metrics, model_files
 from lclseg.cores import usable_cores
-from lclseg.data import grid, nifti, preprocess
-from lclseg.data.layouts import SUFFIXES, Files, is_label, niftis, stem
+from lclseg.data import grid, nifti, orientation, preprocess
+from lclseg.data.layouts import (
+    FOREIGN,
+    KNOWN,
+    Files,
+    group_channels,
+    is_label,
+    is_volume,
+    stem,
+    volumes_of,
+)
 from lclseg.data.nifti import VolumeError
 from lclseg.data.preprocess import Preprocessing
 from lclseg.errors import in_words
@@ -36,6 +46,10 @@ LABEL_NAMES: tuple[Callable[[str], str], ...] = (
 )
 
 
+FAR = 3.0  # times the spacings seen in training: told
+FAR_MEDIAN = 0.25  # of the range of intensities, beyond the medians seen in training: told
+
+
 class Outputs(NamedTuple):
     """Files to write: `labels` and `probabilities` by case id; `metrics` None where not asked."""
 
@@ -48,28 +62,34 @@ def find_cases(source: Path, labels: Path | None = None) -> list[Files]:
     """The images to segment, by id, each with its label where a folder of labels is given.
 
     Args:
-      source: a NIfTI file, or a folder of them. Folders below are not looked at, nor is NAME_gt
-        beside NAME.
+      source: a volume, or a folder of them, see `layouts.SUFFIXES`; NAME_0000, NAME_0001, ... are
+        the channels of NAME. Folders below are not looked at, nor is NAME_gt beside NAME.
       labels: folder; see `LABEL_NAMES`.
 
     Raises:
       VolumeError: no image, two of one id, an image without label.
     """
     if source.is_dir():
-        found = niftis(source)
+        found = volumes_of(source)
         names = {stem(p) for p in found}
         found = [p for p in found if not (is_label(p) and stem(p).removesuffix("_gt") in names)]
         if not found:
-            raise VolumeError(f"{source}: no {' or '.join(SUFFIXES)} file in it")
-    elif not source.exists():
+            there = sorted({p.suffix for p in source.iterdir() if p.is_file()})
+            hints = sorted({FOREIGN[s.lower()] for s in there if s.lower() in FOREIGN})
+            raise VolumeError(
+                f"{source}: no volume in it, found {' '.join(there) or 'no file'}; wanted {KNOWN}"
+                f"{': ' if hints else ''}{'; '.join(hints)}"
+            )
+    elif not source.exists() and not source.is_symlink():
         raise VolumeError(f"{source}: no such file or folder")
-    elif not source.name.endswith(SUFFIXES):
-        raise VolumeError(f"{source}: wanted a folder, or a file called .nii or .nii.gz")
+    elif not is_volume(source):
+        raise VolumeError(f"{source}: wanted a folder, or a file called {KNOWN}")
     else:
         found = [source]
+    cases = group_channels(found, {})
     by_id = collections.defaultdict(list)
-    for path in found:
-        by_id[stem(path)].append(path)
+    for case in cases:
+        by_id[case.case_id].append(case.image)
     problems = [
         f"{' and '.join(map(str, paths))} would have the same result, {case_id}.nii.gz; rename or "
         "move all but one"
@@ -80,7 +100,8 @@ def find_cases(source: Path, labels: Path | None = None) -> list[Files]:
         problems.append(f"{labels}: no such folder; wanted one with a label for each image")
     if problems:
         raise VolumeError("\n".join(problems))
-    cases = [Files(stem(p), p, labels and _label_of(p, labels)) for p in found]
+    if labels is not None:
+        cases = [c._replace(label=_label_of(c.image, labels)) for c in cases]
     missing = [c for c in cases if labels is not None and c.label is None]
     if missing:
         raise VolumeError(
@@ -94,7 +115,7 @@ def find_cases(source: Path, labels: Path | None = None) -> list[Files]:
 
 
 def _label_of(image: Path, folder: Path) -> Path | None:
-    files = {stem(p): p for p in niftis(folder) if not p.samefile(image)}
+    files = {stem(p): p for p in volumes_of(folder) if not p.samefile(image)}
     for name_of in LABEL_NAMES:
         if name_of(stem(image)) in files:
             return files[name_of(stem(image))]
@@ -162,6 +183,7 @@ def load_models(folders: Sequence[Path], stage: str | None = None) -> list[Train
             f"{field} is {getattr(first.preprocessing, field)} and "
             f"{getattr(other.preprocessing, field)}"
             for field in Preprocessing._fields
+            if not field.startswith("seen_")
             if getattr(first.preprocessing, field) != getattr(other.preprocessing, field)
         ]
         if differing:
@@ -192,46 +214,82 @@ def mean_predictor(models: Sequence[TrainedModel]) -> evaluation.Predict:
     return predict
 
 
-def read_case(case: Files, how: Preprocessing) -> tuple[nifti.Volume, np.ndarray | None]:
-    """Image, slices last, and, where the case has a label, its classes [X, Y, S] uint8.
+def read_case(case: Files, how: Preprocessing) -> nifti.Volume:
+    """A case on the axes of the model, its label [X, Y, S] uint8 where it has one.
 
     Raises:
       VolumeError: whatever keeps the case from being predicted or compared.
     """
-    header = nifti.read_header(case.image)
-    unit = int(header["xyzt_units"]) % 8
-    if unit in (1, 3):
+    volume, others = preprocess.read_case(case, how)
+    # Only others: labels of another data set, or classes in place of its values.
+    known = volume.label is not None and (volume.label > 0).any()
+    if others and not (how.others_are_background and known):
         raise VolumeError(
-            f"{case.image}: voxel sizes are in {'metres' if unit == 1 else 'micrometres'}; wanted "
-            "millimetres: convert the header"
+            f"{case.label}: found label values {', '.join(f'{v:g}' for v in others)}; wanted 0 "
+            f"and the classes' {', '.join(map(str, how.label_values))}: give labels of the data "
+            "set that the model was trained on, or map their values"
         )
-    # The published 4-D files, or one channel of them.
-    four_dimensional = len(header.get_data_shape()) == 4
-    image = nifti.read_image(case.image, channel=how.channel if four_dimensional else None)
-    if case.label is not None:
-        raw = nifti.read_raw_label(case.label, image, case.image)
-        classes, others = nifti.map_label_values(raw, how.label_values)
-        # Only others: labels of another data set, or classes in place of its values.
-        if others and not (how.others_are_background and classes.any()):
-            raise VolumeError(
-                f"{case.label}: found label values {', '.join(f'{v:g}' for v in others)}; wanted 0 "
-                f"and the classes' {', '.join(map(str, how.label_values))}"
-            )
-        image = image._replace(label=classes)
-    image = nifti.slices_last(image, how.slice_axis)
-    return image, image.label
+    return nifti.oriented(volume, how.orientation)
 
 
-def check_cases(cases: Sequence[Files], how: Preprocessing) -> None:
-    """Raises VolumeError with a line for each problem of any case."""
-    problems = []
+def check_cases(cases: Sequence[Files], how: Preprocessing) -> list[str]:
+    """Looks at every case before anything is predicted.
+
+    Returns:
+      Warnings of what is unlike the volumes that the model was trained on, a line each.
+
+    Raises:
+      VolumeError: a line for each problem of any case.
+    """
+    problems: list[str] = []
+    warnings: list[str] = []
     for case in tqdm(cases, "checking", disable=None, leave=False):
         try:
-            read_case(case, how)
+            volume = read_case(case, how)
         except VolumeError as error:
             problems += str(error).splitlines()
+        else:
+            warnings += unlike_training(case, volume, how)
     if problems:
         raise VolumeError("\n".join(problems))
+    return warnings
+
+
+def unlike_training(case: Files, volume: nifti.Volume, how: Preprocessing) -> Iterator[str]:
+    """Yields warnings where spacing or intensities are far from those of the prepared volumes."""
+    yield from nifti.read_geometry(case.image).warnings if how.channel is None else ()
+    if how.seen_spacing_mm:
+        odd = [
+            (spacing, low, high)
+            for spacing, (low, high) in zip(volume.spacing_mm, how.seen_spacing_mm, strict=True)
+            if not low / FAR <= spacing <= high * FAR
+        ]
+        for spacing, low, high in odd[:1]:
+            yield (
+                f"{case.image}: voxels of {spacing:.4g} mm, in training {low:.4g} to {high:.4g} mm "
+                "along that axis; is the header right? Expect a poor result"
+            )
+    if how.seen_median:
+        image = volume.image
+        median = grid.relative_median(image if image.ndim == 3 else image[..., 0])
+        low, high = how.seen_median
+        if not low - FAR_MEDIAN <= median <= high + FAR_MEDIAN:
+            yield (
+                f"{case.image}: median intensity {median:.2f} of its range, in training {low:.2f} "
+                f"to {high:.2f}; is it an image of the same kind? Expect a poor result"
+            )
+
+
+def _slices(volume: nifti.Volume, how: Preprocessing) -> np.ndarray:
+    """What the network sees of a volume: [S, H, W] float32, or [S, H, W, K]."""
+    return preprocess.to_slices(
+        volume.image,
+        volume.spacing_mm,
+        image_size=how.image_size,
+        target_spacing_mm=how.target_spacing_mm,
+        n4_shrink_factor=how.n4_shrink_factor,
+        windows=how.windows,
+    )
 
 
 def segment(
@@ -256,37 +314,36 @@ def segment(
     """
     values = np.array((0, *how.label_values), np.min_scalar_type(max(how.label_values)))
     image_of = {case.case_id: case.image for case in cases}
-    native = {}  # shape, spacing and truth of the volumes under way
+    native: dict[str, nifti.Volume] = {}  # of the volumes under way
     records = {}
 
     def read() -> Iterator[tuple[str, np.ndarray]]:
         for case in cases:
-            image, truth = read_case(case, how)
-            native[case.case_id] = image.image.shape, image.spacing_mm, truth
-            slices = preprocess.to_slices(
-                image.image,
-                image.spacing_mm,
-                image_size=how.image_size,
-                target_spacing_mm=how.target_spacing_mm,
-                n4_shrink_factor=how.n4_shrink_factor,
-            )
-            yield case.case_id, slices
+            volume = read_case(case, how)
+            native[case.case_id] = volume
+            yield case.case_id, _slices(volume, how)
 
     predictions = evaluation.predict_images(predict, read(), batch_size=batch_size)
     seen = progress.each(predictions, "segmenting", len(cases), leave=False, say=progress.to_stderr)
     for case_id, _, probs in seen:
-        shape, spacing_mm, truth = native.pop(case_id)
-        back: dict[str, Any] = {"shape": shape[:2], "target_spacing_mm": how.target_spacing_mm}
+        volume = native.pop(case_id)
+        spacing_mm, turn = volume.spacing_mm, volume.orientation
+        back: dict[str, Any] = {
+            "shape": volume.image.shape[:2],
+            "target_spacing_mm": how.target_spacing_mm,
+        }
         label = grid.probs_to_native_label(probs, spacing_mm, **back)
         if outputs.probabilities:
             native_probs = grid.probs_to_native(probs, spacing_mm, **back)
-            filed = nifti.as_filed(native_probs, how.slice_axis)
+            filed = orientation.to_file(native_probs, turn)
             nifti.write_like(outputs.probabilities[case_id], filed, image_of[case_id])
-        filed = nifti.as_filed(values[label], how.slice_axis)
+        filed = orientation.to_file(values[label], turn)
         nifti.write_like(outputs.labels[case_id], filed, image_of[case_id])
-        if truth is not None:
+        if volume.label is not None:
             records[case_id] = metrics.volume_metrics(
-                label, truth, spacing_mm, class_names=how.class_names
+                *evaluation.without_ignored(label, volume.label),
+                spacing_mm,
+                class_names=how.class_names,
             )
     return metrics.summarize(records, class_names=how.class_names)
 
@@ -331,7 +388,8 @@ def predict_files(
     )
     models = load_models(folders, stage)
     how = models[0].preprocessing
-    check_cases(cases, how)
+    for warning in check_cases(cases, how):
+        print(f"lclseg: WARNING: {warning}", file=sys.stderr)
     summary = segment(mean_predictor(models), how, cases, outputs, batch_size=models[0].batch_size)
     if outputs.metrics is None:
         return None
@@ -351,7 +409,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     add = parser.add_argument
     add("--workdir", action="append", type=Path, required=True, help="run or exported model")
     add("--stage", help="baseline, joint, round_1, ...: its best model; last: the newest weights")
-    add("--input", type=Path, required=True, help="NIfTI file, or folder of them")
+    add(
+        "--input",
+        type=Path,
+        required=True,
+        help="volume (NIfTI, MetaImage, NRRD), or folder of them",
+    )
     add("--output", type=Path, required=True, help="folder for NAME.nii.gz")
     add("--probabilities", action="store_true", help="write NAME_probabilities.nii.gz, too")
     add("--labels", type=Path, help="folder of labels: Dice, HD95 and ASSD are computed")

@@ -221,17 +221,14 @@ def _write_volume(
     if keep_largest:
         native_label = largest_component(native_label, classes)
     path = folder / f"{volume_id}.nii.gz"
-    nifti.write_label(
-        path, native_label, native.affine, native.spacing_mm, slice_axis=prepared.slice_axis
-    )
+    nifti.write_label(path, native_label, native.affine, native.spacing_mm, turn=native.orientation)
     dice_with_previous = true_metrics = None
     if previous is not None and volume_id in previous.report["volume_ids"]:
         before = previous.read(np.asarray(prepared.volumes[volume_id].slices))
         dice_with_previous = metrics.mean_foreground_dice(label, before, prepared.num_classes)
     if native.label is not None:  # hidden from training; tells how good the pseudo-labels are
         true_metrics = metrics.volume_metrics(
-            native_label,
-            native.label,
+            *evaluation.without_ignored(native_label, native.label),
             native.spacing_mm,
             class_names=prepared.class_names,
             with_distances=False,

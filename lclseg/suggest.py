@@ -114,7 +114,7 @@ def find_images(config: dict) -> dict[str, Files]:
     if data.name != own_data.NAME:
         return {}
     try:
-        cases = own_data.find_cases(Path(data.manual_dir).expanduser())
+        cases = own_data.find_cases(Path(data.manual_dir).expanduser(), data.get("exclude", ()))
     except nifti.VolumeError:
         return {}
     return {case.case_id: case._replace(label=None) for case in cases}
@@ -148,7 +148,7 @@ def write_masks(
             label,
             native.affine,
             native.spacing_mm,
-            slice_axis=prepared.slice_axis,
+            turn=native.orientation,
         )
 
 

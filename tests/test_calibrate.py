@@ -6,9 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from lclseg import train
+from lclseg import stage
 from lclseg.random_keys import named_key
-from lclseg.run.setup import Stage
+from lclseg.run.programs import Stage
 from lclseg.steps import TrainState
 
 KEY = jax.random.key(5)
@@ -40,7 +40,7 @@ def calibrated(num_batches, number):
     )
     programs = SimpleNamespace(statistics=statistics)
     slices = SimpleNamespace(batch=lambda step: ("slices", step))
-    return train.calibrate(run, programs, STATE, slices, STAGE, number), seen
+    return stage.calibrate(run, programs, STATE, slices, STAGE, number), seen
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,10 @@ import nibabel as nib
 import numpy as np
 import pytest
 from hypothesis import strategies as st
+from ml_collections import ConfigDict
 
 from lclseg import check_data
-from lclseg.data import nifti
+from lclseg.data import nifti, own_data
 from lclseg.data.layouts import find_files
 
 AFFINE = np.diag([1.0, 1.0, 4.0, 1.0])
@@ -49,7 +50,7 @@ def folder(tmp_path):
 
 
 def test_a_folder_without_problems(folder):
-    assert list(check_data.problems_of_folder(folder)) == []
+    assert check_data.check_folder(folder).problems == ()
     found = find_files(folder)
     assert [(f.case_id, f.label is not None) for f in found] == [
         ("case0", True),
@@ -133,12 +134,12 @@ FAULTS = {
     "negative label": (
         "labels",
         lambda p: write(p, -label().astype(np.int16)),
-        r"label values -2, -1; wanted whole numbers 0\.\.2",
+        r"label values -2, -1; wanted whole numbers 0\.\.65535",
     ),
     "fractional label": (
         "labels",
         lambda p: write(p, label() * np.float32(0.5)),
-        r"label values 0\.5; wanted whole numbers 0\.\.2",
+        r"label values 0\.5; wanted whole numbers 0\.\.65535: are these prob",
     ),
     "unknown label": (
         "labels",
@@ -148,7 +149,7 @@ FAULTS = {
     "no foreground": (
         "labels",
         lambda p: write(p, np.zeros((6, 7, 4), np.uint8)),
-        "0 of 4 slices show foreground; wanted at least 2",
+        r"the masks of data\.\w+ \(case1\) show no class at all; set",
     ),
 }
 
@@ -157,9 +158,23 @@ FAULTS = {
 def test_each_fault_is_one_line(folder, part, spoil, message):
     path = folder / part / "case1.nii.gz"
     spoil(path)
-    (problem,) = check_data.problems_of_folder(folder, 3)
-    assert problem.startswith(str(path))
+    (problem,) = check_data.check_folder(folder, 3).problems
+    assert problem.startswith(str(path)) or "(case1)" in problem
     assert re.search(message, problem), problem
+
+
+def test_empty_test_masks_alone(folder):
+    """What a run finds once it has prepared them is told here at once."""
+    for n in (2, 3, 4):
+        write(folder / "images" / f"case{n}.nii.gz", image())
+        write(folder / "labels" / f"case{n}.nii.gz", label())
+    write(folder / "images" / "case5.nii.gz", image())
+    config = ConfigDict({"data": {**own_data.OPEN, "manual_dir": str(folder)}})
+    (tested,) = own_data.complete(config)[0].data.test
+    assert check_data.check_folder(folder).problems == ()
+    write(folder / "labels" / f"{tested}.nii.gz", np.zeros((6, 7, 4), np.uint8))
+    (problem,) = check_data.check_folder(folder).problems
+    assert f"the masks of data.test ({tested}) show no class at all" in problem
 
 
 def test_all_problems_at_once_and_exit_code(folder):
@@ -173,7 +188,7 @@ def test_all_problems_at_once_and_exit_code(folder):
     ended = subprocess.run(command, capture_output=True, text=True)
     lines = ended.stdout.splitlines()
     assert ended.returncode == 1 and len(lines) == 4
-    assert "2 images are called case1" in lines[0] and "label values 9" in lines[1]
+    assert "several images are called case1" in lines[0] and "label values 9" in lines[1]
     assert "NaN" in lines[2] and "spacing" in lines[3]
 
 
@@ -181,14 +196,15 @@ def test_command_on_a_good_folder(folder):
     command = [sys.executable, "-m", "lclseg.check_data", f"--input={folder}"]
     ended = subprocess.run(command, capture_output=True, text=True)
     assert ended.returncode == 0
-    assert ended.stdout == "3 images, 2 of them with a label: no problem found\n"
+    assert ended.stdout.endswith("3 cases, 2 of them with a label: no problem found\n")
+    assert "data.image_size = 32" in ended.stdout
 
 
 @pytest.mark.parametrize("name", ["nowhere", "empty"])
 def test_nothing_there(tmp_path, name):
     (tmp_path / "empty").mkdir()
-    (problem,) = check_data.problems_of_folder(tmp_path / name)
-    assert "no such folder" in problem or "no .nii or .nii.gz file" in problem
+    (problem,) = check_data.check_folder(tmp_path / name).problems
+    assert "no folder" in problem or "no image in" in problem
 
 
 def test_decathlon_and_acdc_layouts(tmp_path):

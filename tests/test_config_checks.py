@@ -10,9 +10,9 @@ import pytest
 from ml_collections import ConfigDict
 
 from lclseg import train
-from lclseg.errors import UserError
+from lclseg.errors import ConfigError, UserError
 from lclseg.run import setup
-from lclseg.run.config_checks import ConfigError, check_config
+from lclseg.run.config_checks import check_config
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 METHODS = sorted(p.stem for p in (CONFIGS / "methods").glob("*.py"))

@@ -15,7 +15,7 @@ from lclseg.data import own_data
 from lclseg.data.batches import Pool, sampler
 from lclseg.methods.base import method_of
 from lclseg.models import Net, UNet
-from lclseg.run import setup
+from lclseg.run import programs
 from lclseg.run.config_checks import check_config
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -50,7 +50,7 @@ def test_checks_pass_and_a_step_traces(name, method_name):
         dtype=config.model.dtype,
     )
     size = config.data.image_size
-    optimizer = setup.make_optimizer(config.optimizer, 10)
+    optimizer = programs.make_optimizer(config.optimizer, 10)
     state = steps.create_train_state(
         jax.random.key(0),
         model,

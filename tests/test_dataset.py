@@ -186,7 +186,18 @@ def test_preprocessing_is_known_before_a_set_is_prepared(tmp_path, name, label_v
 
 
 def test_preprocessing_of_a_prepared_set(prepared):
-    assert prepared.preprocessing == (("RV", "MYO", "LV"), (1, 2, 3), False, 40, 2.5, 0, None, 2)
+    how = prepared.preprocessing
+    assert how[:8] == (("RV", "MYO", "LV"), (1, 2, 3), False, 40, 2.5, 0, None, "RAS")
+    assert how[8:11] == ((), (), None)
+    assert len(how.seen_median) == 2
+    natives = [prepared.read_native(v) for v in prepared.volumes]
+    spacings = np.array([n.spacing_mm for n in natives])
+    np.testing.assert_allclose(how.seen_spacing_mm, np.c_[spacings.min(0), spacings.max(0)])
+    normalized = [
+        np.median(grid.normalize_intensity(phantom.synthesis.make_volume(n).image))
+        for n in range(len(prepared.volumes))
+    ]
+    assert how.seen_median == pytest.approx((min(normalized), max(normalized)))
 
 
 def test_how_records_are_written(tmp_path):

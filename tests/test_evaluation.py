@@ -43,6 +43,7 @@ def prepared():
                     "native_label": label[..., s],
                     "native_shape": np.array(shape, np.int32),
                     "affine": AFFINE,
+                    "orientation": np.array((1, 2, 3)),
                     "spacing_mm": np.array(SPACING),
                 }
             )

@@ -155,7 +155,7 @@ def test_model_card_of_an_untested_model(model):
         ({"architecture__filters": [4, "8"]}, r"filters is \[4, '8'\]"),
         ({"architecture__filters": [4] * 7}, "wanted a multiple of 64"),
         ({"architecture__dtype": "object"}, "dtype is 'object'; wanted float32 or bfloat16"),
-        ({"preprocessing__slice_axis": 3}, "slice_axis is 3; wanted 0, 1 or 2"),
+        ({"preprocessing__orientation": "RRS"}, "orientation is 'RRS'; wanted three letters"),
         ({"preprocessing__percentiles": [0, 100]}, "percentiles is"),
         ({"preprocessing__image_size": -32}, "image_size is -32"),
         ({"preprocessing__target_spacing_mm": float("nan")}, "target_spacing_mm is nan"),

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from small_run import ROOT, SHORT, STAGES, Program, end_of, newest_state
 
+from lclseg.errors import ConfigError
 from lclseg.run import multihost
-from lclseg.run.config_checks import ConfigError
 
 NUM_PROCESSES = 2
 GIVEN = {

@@ -272,7 +272,7 @@ BAD_IMAGES = {
     "truncated": "not readable as NIfTI .*damaged or of another format: copy or download it again",
     "not NIfTI": "not readable as NIfTI",
     "no bytes": "not readable as NIfTI",
-    "folder": "not readable as NIfTI",
+    "folder": "found a folder of that name; wanted a file: rename",
     "4-D": r"found an array of shape \(4, 5, 3, 2\); wanted a 3-D volume",
     "2-D": r"found an array of shape \(4, 5\); wanted a 3-D volume",
     "complex": "found voxels of type complex64; wanted real numbers",

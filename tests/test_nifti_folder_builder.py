@@ -14,7 +14,7 @@ from lclseg.data import own_data
 from lclseg.data.dataset import open_prepared
 from lclseg.data.nifti import VolumeError
 from lclseg.data.splits import SplitError, draw_lists
-from lclseg.run.config_checks import ConfigError
+from lclseg.errors import ConfigError
 from tfds_builders import slices
 from tfds_builders.mmwhs import mmwhs_dataset_builder as mmwhs
 
@@ -123,6 +123,7 @@ def test_the_margin_ends_with_the_image(tmp_path):
     for case in "ab":
         write(tmp_path / "images" / f"{case}.nii.gz", image_of(1, shape))
         write(tmp_path / "labels" / f"{case}.nii.gz", mask(shape, (1, (0, 3), (30, 33), (0, 2))))
+    write(tmp_path / "images" / "c.nii.gz", image_of(1, shape))
     assert complete(tmp_path)[0].data.image_size == 64
 
 
@@ -215,7 +216,8 @@ def test_label_values_are_stored_with_the_set(tmp_path):
     prepared = open_prepared("mmwhs", manual_dir=str(tmp_path / "mr"), **grid)
     assert prepared.preprocessing.label_values == values
     again = open_prepared("mmwhs", manual_dir="", **grid).preprocessing
-    assert (again.label_values, again.others_are_background, again.slice_axis) == (values, True, 2)
+    assert (again.label_values, again.others_are_background) == (values, True)
+    assert again == prepared.preprocessing
 
 
 def test_chosen_label_values(tmp_path):
@@ -240,11 +242,32 @@ def test_a_grid_that_cuts_foreground_off_is_told(tmp_path):
     assert "cuts off" not in complete(tmp_path)[1]
 
 
-def test_images_that_lie_otherwise_are_told(tmp_path):
-    make_simple(tmp_path)
-    assert "differently" not in complete(tmp_path)[1]
-    write(tmp_path / "images" / "c4.nii.gz", image_of(4, SHAPE), flip=(-1, 1, 1))
-    assert "(RAS 4, LAS 1; c4 first)" in complete(tmp_path)[1]
+def test_files_of_several_orientations_make_one_set(tmp_path):
+    """c1 stored as PSR, image and mask; c2's mask alone as LSA: the set is the same."""
+    plain = make_simple(tmp_path / "plain")
+    mixed = make_simple(tmp_path / "mixed")
+    for name, letters in (("images/c1", "PSR"), ("labels/c1", "PSR"), ("labels/c2", "LSA")):
+        restore(mixed / f"{name}.nii.gz", letters)
+    sets = []
+    for folder in (plain, mixed):
+        config, text = complete(folder)
+        assert config.data.slice_axis == 2
+        sets.append(open_set(config, tmp_path / "prepared"))
+    assert "files lie RAS 4, PSR 1; all are turned to RAS" in text and "WARNING: no" in text
+    assert list(sets[0].volumes) == list(sets[1].volumes)
+    records = range(len(sets[0].source))
+    for ours, theirs in zip(*(s.read_slices(records) for s in sets), strict=True):
+        assert ours.any()
+        np.testing.assert_allclose(ours, theirs, atol=1e-6)
+
+
+def restore(path, letters):
+    """Stores a file in another order of axes; the scan stays where it is."""
+    file = nib.load(path)
+    ours = nib.orientations.io_orientation(file.affine)
+    turn = nib.orientations.ornt_transform(ours, nib.orientations.axcodes2ornt(letters))
+    turned = file.as_reoriented(turn)
+    nib.save(nib.Nifti1Image(np.asarray(turned.dataobj), turned.affine), path)
 
 
 def test_coarsest_axis_first(tmp_path):
@@ -254,10 +277,11 @@ def test_coarsest_axis_first(tmp_path):
     for case in "ab":
         write(tmp_path / "images" / f"{case}.nii.gz", image_of(0, shape), spacing)
         write(tmp_path / "labels" / f"{case}.nii.gz", label, spacing)
+    write(tmp_path / "images" / "c.nii.gz", image_of(0, shape), spacing)
     config, _ = complete(tmp_path)
     assert config.data.slice_axis == 0 and config.data.target_spacing_mm == 1.1
     prepared = open_set(config, tmp_path / "prepared")
-    assert prepared.slice_axis == 0
+    assert prepared.preprocessing.orientation == "ASR"
     native = prepared.read_native("a")
     assert native.shape == (40, 36, 5)
     np.testing.assert_allclose(native.spacing_mm, (1.0, 1.2, 4.0), rtol=1e-6)
@@ -283,13 +307,60 @@ def test_coarsest_axis_first(tmp_path):
 
 
 def test_channels(tmp_path):
-    """Of nnU-Net's several images of a case the first; the others are no cases of their own."""
+    """nnU-Net's several images of a case are its channels, in the order of their numbers."""
+    make_nnunet(tmp_path / "x", {"background": 0, "ring": 1, "disc": 2})
+    for n, name in enumerate(("Tr/a", "Tr/b", "Tr/d", "Ts/c")):
+        write(tmp_path / "x" / f"images{name}_0001.nii.gz", 500 - 2 * image_of(n, SHAPE))
+    config, text = complete(tmp_path / "x", target_spacing_mm=1.0)
+    assert config.data.pool == ("a", "b", "c", "d")
+    assert config.data.channels == (0, 1) and "4 images" in text
+    both = open_set(config, tmp_path / "prepared")
+    image, _ = both.read_slices(both.volumes["d"].slices)
+    assert image.shape == (4, 32, 32, 2) and both.preprocessing.num_channels == 2
+    # Of one a straight line downwards gives the other, percentiles of each taken by itself.
+    np.testing.assert_allclose(image[:, :, 5:25, 1], 1 - image[:, :, 5:25, 0], atol=1e-4)
+    for number in (0, 1):
+        config, _ = complete(tmp_path / "x", channels=(number,), target_spacing_mm=1.0)
+        one = open_set(config, tmp_path / "prepared")
+        alone, _ = one.read_slices(one.volumes["d"].slices)
+        np.testing.assert_allclose(alone, image[..., number], atol=1e-6)
+    with pytest.raises(VolumeError, match="no channel 2 of a; wanted some of 0, 1"):
+        complete(tmp_path / "x", channels=(2,))
+
+
+def test_a_missing_channel_is_named(tmp_path):
     make_nnunet(tmp_path, {"background": 0, "ring": 1})
-    write(tmp_path / "imagesTr" / "a_0001.nii.gz", image_of(8, SHAPE))
-    write(tmp_path / "imagesTr" / "lone_0001.nii.gz", image_of(8, SHAPE))
-    config, text = complete(tmp_path)
-    assert config.data.pool == ("a", "b", "c", "d", "lone_0001")
-    assert "WARNING: 1 images have channels" in text
+    for name in ("Tr/a", "Tr/d", "Ts/c"):
+        write(tmp_path / f"images{name}_0001.nii.gz", image_of(8, SHAPE))
+    with pytest.raises(VolumeError, match=r"b_0000.nii.gz: b has channel 0; wanted 0, 1"):
+        complete(tmp_path)
+    assert complete(tmp_path, exclude=("b",), num_labeled="1")[0].data.pool == ("a", "c", "d")
+
+
+def test_numbered_files_with_labels_of_their_own_are_no_channels(tmp_path):
+    for n in range(3):
+        name = f"p7_{n:04d}.nii.gz"
+        write(tmp_path / "images" / name, image_of(n, SHAPE))
+        write(tmp_path / "labels" / name, mask(SHAPE, BOX))
+    write(tmp_path / "images" / "q.nii.gz", image_of(3, SHAPE))
+    config, _ = complete(tmp_path, patients_by_name=False)
+    assert config.data.pool == ("p7", "p7_0001", "p7_0002", "q") and config.data.channels == ()
+
+
+def test_ct_is_windowed_by_the_foreground(tmp_path):
+    """As nnU-Net: 0.5th to 99.5th percentile in the masks learnt from, mapped to 0 and 1."""
+    make_nnunet(tmp_path / "x", {"background": 0, "ring": 1, "disc": 2})
+    content = {"channel_names": {"0": "CT"}, "labels": {"background": 0, "ring": 1, "disc": 2}}
+    (tmp_path / "x" / "dataset.json").write_text(json.dumps(content))
+    config, text = complete(tmp_path / "x", labeled=("a",), target_spacing_mm=1.0)
+    image = image_of(0, SHAPE)
+    low, high = np.percentile(image[mask(SHAPE, BOX, OTHER) > 0], (0.5, 99.5))
+    np.testing.assert_allclose(config.data.windows, [(low, high)], rtol=1e-6)
+    assert "channel 0 is CT" in text
+    prepared = open_set(config, tmp_path / "prepared")
+    slices_, _ = prepared.read_slices(prepared.volumes["a"].slices)
+    expected = np.clip((image - low) / (high - low), 0, 1)[4:36].transpose(2, 0, 1)
+    np.testing.assert_allclose(slices_[:, :, 1:31], expected, atol=1e-5)
 
 
 def refuse_to_build(monkeypatch):
@@ -415,11 +486,6 @@ def empty_masks(root):
             lambda r: write(r / "images" / "c0.nii", image_of(0, SHAPE)),
             VolumeError,
             "several images are called c0",
-        ),
-        (
-            lambda r: (r / "dataset.json").write_text('{"labels": {"ring": 1, "ignore": 2}}'),
-            VolumeError,
-            "value 2 is to be ignored",
         ),
         (
             lambda r: (r / "dataset.json").write_text('{"labels"'),
@@ -610,6 +676,26 @@ def test_a_class_that_no_labelled_mask_shows_is_told(tmp_path):
     config, text = complete(tmp_path, **lists)
     assert config.data.label_values == (1, 2)
     assert "WARNING: no labelled mask shows class_2" in text
+
+
+def test_scans_of_a_patient_play_one_role(tmp_path):
+    for n, case in enumerate(f"p{p}_scan{s}" for p in range(6) for s in (1, 2)):
+        write(tmp_path / "images" / f"{case}.nii.gz", image_of(n, SHAPE))
+        if case != "p3_scan2":
+            write(tmp_path / "labels" / f"{case}.nii.gz", mask(SHAPE, BOX, OTHER))
+    config, text = complete(tmp_path)
+    assert config.data.pool == config.data.with_mask == tuple(f"p{p}" for p in range(6))
+    assert "6 patients have several scans" in text
+    apart, _ = complete(tmp_path, patients_by_name=False)
+    assert len(apart.data.pool) == 12 and len(apart.data.with_mask) == 11
+
+
+def test_images_and_labels_for_testing_are_the_test_set(tmp_path):
+    make_nnunet(tmp_path, {"background": 0, "ring": 1, "disc": 2})
+    write(tmp_path / "labelsTs" / "c.nii.gz", mask(SHAPE, BOX, OTHER))
+    for seed in range(4):
+        data = complete(tmp_path, draw_seed=seed)[0].data
+        assert data.test == ("c",) and {*data.labeled, *data.validation} == {"a", "d"}
 
 
 def test_config_with_lists(tmp_path):

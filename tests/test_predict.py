@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import nibabel as nib
 import numpy as np
 import pytest
+import SimpleITK as sitk  # noqa: N813
 
 from lclseg import evaluation, export, model_files, predict
 from lclseg.data import nifti, preprocess
@@ -190,25 +191,109 @@ def test_round_trip_in_any_geometry(tmp_path, kind, shape):
     assert probs.shape == (*truth.shape, 3)
 
 
-@pytest.mark.parametrize("axis", [0, 1])
-def test_slices_may_lie_along_another_axis(tmp_path, axis):
-    """The same volume, axes in another order: the same result, axes in that order."""
+@pytest.mark.parametrize("letters", ["RSA", "SRA", "LPS", "PIR", "ALI"])
+def test_a_scan_stored_in_another_order_gets_the_same_result(tmp_path, letters):
+    """Axes in another order, some backwards: the same labels and probabilities in that order."""
     affine, spacing = geometry("oblique")
     image = two_balls((60, 44, 7), spacing) * np.float32(100)
-    axes = [0, 1, 2, 3]
-    axes.insert(axis, axes.pop(2))
-    write(tmp_path / "last" / "case.nii.gz", image, affine)
-    write(tmp_path / "other" / "case.nii.gz", image.transpose(axes[:3]), affine[:, axes])
-    results = {}
-    for name, how in (("last", HOW), ("other", HOW._replace(slice_axis=axis))):
-        out = tmp_path / f"{name}_out"
-        segment_one(tmp_path / name / "case.nii.gz", out, how=how, probabilities=True)
-        files = (nib.load(out / f"case{part}.nii.gz") for part in ("", "_probabilities"))
-        results[name] = [np.asarray(file.dataobj) for file in files]
-    for last, other in zip(results["last"], results["other"], strict=True):
-        assert last.std() > 0
-        order = axes[:3] + list(range(3, last.ndim))
-        np.testing.assert_array_equal(other, last.transpose(order))
+    image[40:] += 20  # the two sides differ
+    given = nib.Nifti1Image(image, affine)
+    turn = nib.orientations.ornt_transform(
+        nib.orientations.io_orientation(affine), nib.orientations.axcodes2ornt(letters)
+    )
+    other = given.as_reoriented(turn)
+    write(tmp_path / "plain" / "case.nii.gz", image, affine)
+    write(tmp_path / "other" / "case.nii.gz", np.asarray(other.dataobj), other.affine)
+    for name in ("plain", "other"):
+        segment_one(tmp_path / name / "case.nii.gz", tmp_path / f"{name}_out", probabilities=True)
+    for part in ("", "_probabilities"):
+        plain, other = (
+            nib.load(tmp_path / f"{name}_out" / f"case{part}.nii.gz") for name in ("plain", "other")
+        )
+        expected = nib.orientations.apply_orientation(np.asarray(plain.dataobj), turn)
+        assert expected.std() > 0
+        np.testing.assert_allclose(np.asarray(other.dataobj), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("suffix", [".mha", ".nrrd", ".hdr", ".NII.GZ"])
+def test_other_formats(tmp_path, suffix):
+    """The same scan, by SimpleITK or nibabel: the same labels at the same place, as .nii.gz."""
+    affine, spacing = geometry("oblique")
+    truth = two_balls((60, 44, 7), spacing)
+    plain = write(tmp_path / "plain" / "case.nii.gz", truth * np.float32(100), affine)
+    (tmp_path / "other").mkdir()
+    path = tmp_path / "other" / f"case{suffix}"
+    if suffix in (".mha", ".nrrd"):
+        sitk.WriteImage(sitk.ReadImage(str(plain)), str(path))
+    elif suffix == ".hdr":
+        nib.save(nib.Nifti1Pair(truth * np.float32(100), affine), path)
+    else:
+        shutil.copy(plain, path)
+    for name in ("plain", "other"):
+        segment_one(tmp_path / name, tmp_path / f"{name}_out")
+    expected, found = (nib.load(tmp_path / f"{n}_out" / "case.nii.gz") for n in ("plain", "other"))
+    assert np.asarray(expected.dataobj).any()
+    np.testing.assert_array_equal(np.asarray(found.dataobj), np.asarray(expected.dataobj))
+    np.testing.assert_allclose(found.affine, expected.affine, atol=1e-4)
+
+
+@pytest.mark.parametrize("unit, to_mm", [("micron", 1e-3), ("meter", 1e3), ("mm", 1.0)])
+def test_the_units_of_a_header_are_heeded(tmp_path, unit, to_mm):
+    affine, spacing = geometry("plain")
+    truth = two_balls((60, 44, 7), spacing)
+    other = np.diag([1 / to_mm] * 3 + [1.0]) @ affine
+    path = write(tmp_path / "case.nii.gz", truth * np.float32(100), other, units=(unit, "sec"))
+    segment_one(path, tmp_path / "out")
+    result = nib.load(tmp_path / "out" / "case.nii.gz")
+    np.testing.assert_array_equal(result.affine, nib.load(path).affine)
+    assert result.header.get_xyzt_units()[0] == unit
+    assert dice(np.asarray(result.dataobj) == 205, truth == 1) > 0.95
+
+
+def test_what_is_unlike_the_training_is_told(tmp_path):
+    """Ten times smaller voxels, and the negative of an image; the training's own kind passes."""
+    affine, spacing = geometry("plain")
+    image = two_balls((60, 44, 7), spacing) * np.float32(100)
+    how = HOW._replace(seen_spacing_mm=((0.9, 0.9), (1.2, 1.3), (6.0, 6.0)), seen_median=(0.0, 0.1))
+    for name, data, scale in (("same", image, 1), ("small", image, 0.1), ("negative", -image, 1)):
+        write(tmp_path / name / "a.nii.gz", data, affine @ np.diag([scale] * 3 + [1]))
+    told = {
+        name: predict.check_cases(predict.find_cases(tmp_path / name), how)
+        for name in ("same", "small", "negative")
+    }
+    assert told["same"] == []
+    assert "voxels of 0.09 mm, in training 0.9 to 0.9 mm" in told["small"][0]
+    assert "median intensity 1.00 of its range, in training 0.00 to 0.10" in told["negative"][0]
+
+
+def test_channels_of_a_case(tmp_path):
+    """Both are given to the network in the order of training, under the case's name."""
+    affine, spacing = geometry("plain")
+    truth = two_balls((60, 44, 7), spacing)
+    for number, factor in ((0, 100), (1, -50)):
+        write(tmp_path / "in" / f"p_{number:04d}.nii.gz", truth * np.float32(factor), affine)
+    seen = []
+
+    def network(images):
+        seen.append(images)
+        return by_intensity(images[..., 1])
+
+    segment_one(
+        tmp_path / "in", tmp_path / "out", network=network, how=HOW._replace(channels=(1, 0))
+    )
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["p.nii.gz"]
+    assert seen[0].shape[1:] == (48, 48, 2)
+    # Channel 1 is the negative: 1 where channel 0 is 0, as far as the volume reaches.
+    np.testing.assert_allclose(seen[0][:, 18:30, 18:30].sum(axis=-1), 1, atol=1e-5)
+    label = np.asarray(nib.load(tmp_path / "out" / "p.nii.gz").dataobj)
+    assert dice(label == 850, truth == 2) > 0.95
+    (case,) = predict.find_cases(tmp_path / "in")
+    with pytest.raises(VolumeError, match="found 2 channels of p; wanted one image"):
+        predict.check_cases([case], HOW)
+    (tmp_path / "in" / "p_0001.nii.gz").unlink()
+    (case,) = predict.find_cases(tmp_path / "in")
+    with pytest.raises(VolumeError, match="found channel 0 of p; wanted 1, 0 as in training"):
+        predict.check_cases([case], HOW._replace(channels=(1, 0)))
 
 
 def test_outside_the_training_grid_is_background(tmp_path):
@@ -293,7 +378,7 @@ def test_metrics_take_other_label_values_as_training_did(tmp_path):
     write(tmp_path / "labels" / "case.nii.gz", raw, affine)
     (case,) = predict.find_cases(tmp_path / "case.nii.gz", tmp_path / "labels")
     how = HOW._replace(label_values=(1, 2))
-    _, label = predict.read_case(case, how)
+    label = predict.read_case(case, how).label
     np.testing.assert_array_equal(label, np.where(raw == 3, 0, raw))
     with pytest.raises(VolumeError, match=r"case\.nii\.gz: found label values 3; wanted 0 .* 1, 2"):
         predict.read_case(case, how._replace(others_are_background=False))
@@ -379,15 +464,21 @@ def truncated(path):
     path.write_bytes(content[: len(content) // 2])
 
 
+def write_with_unit(path, unit):
+    file = nib.Nifti1Image(np.arange(60.0).reshape(5, 4, 3), np.eye(4))
+    file.header["xyzt_units"] = unit
+    nib.save(file, path)
+
+
 BAD = {
     "4-D": (lambda p: write(p, np.ones((5, 6, 3, 2)), np.eye(4)), "3-D volume"),
     "truncated": (truncated, "not readable as NIfTI"),
     "NaN": (with_nan, "1 voxels are NaN or infinite"),
     "constant": (lambda p: write(p, np.ones((5, 6, 3)), np.eye(4)), "every voxel is 1"),
     "text": (lambda p: p.write_text("hello"), "not readable as NIfTI"),
-    "micrometres": (
-        lambda p: write(p, np.arange(60.0).reshape(5, 4, 3), np.eye(4), units=("micron", "sec")),
-        "wanted millimetres",
+    "unit of time": (
+        lambda p: write_with_unit(p, 5),
+        "wanted metres, millimetres or micrometres",
     ),
 }
 
@@ -488,15 +579,15 @@ def test_labels_beside_their_images(tmp_path):
     for name in ("a.nii.gz", "a_gt.nii.gz"):
         (tmp_path / name).touch()
     (case,) = predict.find_cases(tmp_path, tmp_path)
-    assert case == ("a", tmp_path / "a.nii.gz", tmp_path / "a_gt.nii.gz")
+    assert case[:3] == ("a", tmp_path / "a.nii.gz", tmp_path / "a_gt.nii.gz")
 
 
 @pytest.mark.parametrize(
     "source, labels, message",
     [
         ("nowhere", None, "no such file or folder"),
-        ("empty", None, r"no \.nii\.gz or \.nii file"),
-        ("a.txt", None, r"called \.nii or \.nii\.gz"),
+        ("empty", None, r"no volume in it, found no file"),
+        ("a.txt", None, r"called \.nii\.gz, \.nii, \.hdr with"),
         ("in", "nowhere", "no such folder"),
         ("in", "empty", r"no label of .*a\.nii\.gz; wanted a\.nii\.gz or a_gt\.nii\.gz"),
     ],
@@ -544,7 +635,8 @@ def test_the_best_stage_is_loaded_and_the_run_left_alone(tiny_run):
     assert model.facts["validation_dice"] == chosen["best_validation_dice"]
     assert model.facts["test"]["mean_dice"] == chosen["test"]["mean_dice"]
     assert model.facts["num_volumes"] == {"labeled": 1, "unlabeled": 1, "validation": 2, "test": 2}
-    assert model.preprocessing == (("RV", "MYO", "LV"), (1, 2, 3), False, 32, 4.0, 0, None, 2)
+    how = model.preprocessing
+    assert how[:8] == (("RV", "MYO", "LV"), (1, 2, 3), False, 32, 4.0, 0, None, "RAS")
     for stage, result in results["results"].items():
         one = model_files.load_run(workdir, stage=stage).facts
         assert (one["stage"], one["validation_dice"]) == (stage, result["best_validation_dice"])

@@ -77,6 +77,7 @@ def make_prepared(*, native_size=(8, 8), spacing_mm=(1.0, 1.0, 4.0)):
                     "native_label": native,
                     "native_shape": np.array([*native_size, len(images)], np.int32),
                     "affine": AFFINE,
+                    "orientation": np.array((1, 2, 3)),
                     "spacing_mm": np.array(spacing_mm),
                 }
             )

@@ -22,6 +22,7 @@ from ml_collections import config_flags
 from lclseg import report
 from lclseg.data import nifti
 from lclseg.data.dataset import PreparedSet, VolumeEntry
+from lclseg.data.orientation import AS_FILED, Orientation, to_numbers
 from lclseg.data.preprocess import Preprocessing
 from lclseg.page import comparison, figures, one_run
 from lclseg.page.command import reproducing_command
@@ -221,7 +222,7 @@ def square(side, first_class, num_slices=3):
     return label
 
 
-def make_prepared():
+def make_prepared(turn=AS_FILED):
     """Test and pool volumes of three slices; truth is a square of 10 px."""
     records, entries = [], {}
     for volume_id in (*TEST_IDS, *POOL_IDS):
@@ -236,6 +237,7 @@ def make_prepared():
                     "native_label": label,
                     "native_shape": np.array((SIZE, SIZE, 3), np.int32),
                     "affine": np.diag((*SPACING, 1.0)),
+                    "orientation": np.array(to_numbers(turn)),
                     "spacing_mm": np.array(SPACING),
                 }
             )
@@ -249,7 +251,7 @@ def prepared():
     return make_prepared()
 
 
-def write_predictions(workdir, sides, slice_axis):
+def write_predictions(workdir, sides, turn):
     """A square of sides[stage] for every test volume."""
     for name, side in sides.items():
         for volume_id in TEST_IDS:
@@ -258,7 +260,7 @@ def write_predictions(workdir, sides, slice_axis):
                 np.moveaxis(square(side, 5), 0, 2),
                 np.diag((*SPACING, 1.0)),
                 SPACING,
-                slice_axis=slice_axis,
+                turn=turn,
             )
 
 
@@ -273,15 +275,12 @@ def write_pseudo_labels(workdir, sides):
         (folder / "report.json").write_text(json.dumps(made))
 
 
-def full_run(workdir, slice_axis=2):
-    """A finished run with everything in it; its files have slices on an axis."""
+def full_run(workdir, turn=AS_FILED):
+    """A finished run with everything in it; its files have their axes so."""
     write_run(workdir, make_results(), lines=LINES)
-    write_predictions(workdir, {"baseline": 4, "round_1": 8, "round_2": 6}, slice_axis)
+    write_predictions(workdir, {"baseline": 4, "round_1": 8, "round_2": 6}, turn)
     write_pseudo_labels(workdir, {1: (8, 8), 2: (8, 4), 3: (8, 5)})
-    prepared = make_prepared()
-    preprocessing = prepared.preprocessing._replace(slice_axis=slice_axis)
-    prepared = dataclasses.replace(prepared, preprocessing=preprocessing)
-    return read_run(workdir, "run", prepared)
+    return read_run(workdir, "run", make_prepared(turn))
 
 
 @pytest.fixture(scope="module")
@@ -396,9 +395,9 @@ def drawn(monkeypatch):
     return calls
 
 
-@pytest.mark.parametrize("slice_axis", [2, 0])
-def test_pictures_of_test_volumes(slice_axis, drawn, tmp_path):
-    text = one_run.page(full_run(tmp_path / "run", slice_axis))
+@pytest.mark.parametrize("turn", [AS_FILED, Orientation((2, 0, 1), (False, True, False))])
+def test_pictures_of_test_volumes(turn, drawn, tmp_path):
+    text = one_run.page(full_run(tmp_path / "run", turn))
     headings = re.findall(r"<h4>(\w+): ([^<]*)</h4>", text)
     assert headings == [
         ("Best", "t3"),

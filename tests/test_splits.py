@@ -196,11 +196,27 @@ def test_volumes_without_ground_truth(data, blind, role):
         resolve_split(data, entries)
 
 
-def test_one_frame_without_ground_truth(data):
-    entries = index_of(*"ABCDEFGHIJ", two_frames="C")
-    entries["C_b"] = entries["C_b"]._replace(has_label=False)
-    with pytest.raises(SplitError, match="labeled volumes without ground truth: C_b"):
+@pytest.mark.parametrize(("role", "patients"), [("validation", "AF"), ("test", "HJ")])
+def test_nothing_is_measured_on_empty_masks_alone(data, role, patients):
+    entries = dict(VOLUMES)
+    for p in patients:
+        assert resolve_split(data, entries)
+        nothing = np.stack([np.ones(3), np.zeros(3)], axis=1)
+        entries[f"{p}_a"] = entries[f"{p}_a"]._replace(class_pixels=nothing)
+    with pytest.raises(SplitError, match=rf"masks of data\.{role} .* show no class at all; set"):
         resolve_split(data, entries)
+
+
+def test_one_frame_without_ground_truth(data):
+    """Of a labelled patient it is in the pool; of one in another role it is left out."""
+    entries = index_of(*"ABCDEFGHIJ", two_frames="CJ")
+    for name in ("C_b", "J_b"):
+        entries[name] = entries[name]._replace(has_label=False)
+    split = resolve_split(data, entries)
+    assert "C_b" in split.unlabeled and "C_b" not in split.labeled
+    assert not any("J_b" in ids for ids in split)
+    data.unlabeled = ("B",)
+    assert resolve_split(data, entries).unlabeled == ("B_a",)
 
 
 def test_unlabelled_volumes_need_no_ground_truth(data):

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from lclseg.run import stored_config
-from lclseg.run.setup import claim_workdir
 from lclseg.run.stored_config import (
     as_now,
     baseline_differences,
@@ -15,6 +14,7 @@ from lclseg.run.stored_config import (
     refused_changes,
     to_store,
 )
+from lclseg.run.workdir import claim_workdir
 
 ROOT = Path(__file__).parents[1]
 

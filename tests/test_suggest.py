@@ -14,9 +14,9 @@ import pytest
 from lclseg import model_files, predict, suggest, train
 from lclseg.data import own_data
 from lclseg.data.splits import SplitError
+from lclseg.errors import ConfigError
 from lclseg.page.recorded import RunError
 from lclseg.run import devices
-from lclseg.run.config_checks import ConfigError
 from lclseg.run.setup import start_run
 
 ROOT = Path(__file__).parents[1]

@@ -119,7 +119,7 @@ def trained(monkeypatch):
         runs.append((f"{workdir.parent.name}/{workdir.name}", source and Path(source).parent.name))
         workdir.mkdir(parents=True)
         (workdir / "config.json").write_text(config.to_json_best_effort())
-        (workdir / "results.json").write_text("{}")
+        (workdir / "results.json").write_text('{"chosen": "round_1"}')
         return fake_result(0.5, 0.6)
 
     monkeypatch.setattr(train, "train_and_evaluate", train_and_evaluate)

@@ -16,14 +16,16 @@ import pytest
 from tensorboardX.proto import event_pb2
 
 from lclseg import report, train
-from lclseg.errors import NonFiniteLossError
+from lclseg.errors import ConfigError, NonFiniteLossError
 from lclseg.pseudo_labels import PseudoLabelError
 from lclseg.run import checkpoint, devices, setup
-from lclseg.run.config_checks import ConfigError
-from lclseg.run.setup import initial_state, predictor, start_run
+from lclseg.run.predictions import predictor
+from lclseg.run.setup import initial_state, start_run
 from lclseg.run.stage_files import StageFiles
+from lclseg.run.start_from import take_over_baseline
 from lclseg.run.stopping import Interrupted
 from lclseg.run.workdir import read_json
+from lclseg.stage import slices_of
 
 ROOT = Path(__file__).parents[1]
 
@@ -288,7 +290,7 @@ def test_a_baseline_of_other_steps_is_not_taken_over(finished, data_dir, tmp_pat
     run = start_run(config, tmp_path / "run")
     alone = dataclasses.replace(run, method=run.method._replace(sampler=None))
     with run.lock, pytest.raises(ConfigError, match="has 6 steps; wanted 14"):
-        setup.take_over_baseline(alone, {"results": {}})
+        take_over_baseline(alone.config, alone.method, alone.workdir, {"results": {}})
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
@@ -350,7 +352,7 @@ def test_non_finite_loss_stops_the_run(data_dir, tmp_path):
     record = json.loads((tmp_path / "run" / "non_finite.json").read_text())
     assert record["step"] == 2 and len(record["labeled"]) == 4
     run = start_run(config, tmp_path / "run")
-    records = train.slices_of(run, "first", None).sampler(1)["labeled"]
+    records = slices_of(run, "first", None).sampler(1)["labeled"]
     first = run.prepared.volumes["phantom_000"].first_slice
     assert record["labeled"] == [f"phantom_000, slice {r - first}" for r in records]
     assert not list((tmp_path / "run" / "checkpoints" / "baseline").glob("[0-9]*"))

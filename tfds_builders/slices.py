@@ -21,9 +21,16 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from tqdm import tqdm
 
 from lclseg.cores import usable_cores
-from lclseg.data import grid, nifti, preprocess
+from lclseg.data import grid, nifti, orientation, preprocess
 from lclseg.run import progress
 
+# Of every prepared set: another one is prepared anew.
+VERSION = tfds.core.Version("1.2.0")
+RELEASE_NOTES = {
+    "1.2.0": "Volumes in one orientation; intensities held within a range.",
+    "1.1.0": "Records compressed as a whole.",
+    "1.0.0": "First release.",
+}
 # One split: roles (labelled, unlabelled, validation, test) are chosen by patient in the config.
 SPLIT = "slices"
 
@@ -80,7 +87,10 @@ def dataset_info(
     label_values: Sequence[int] | None = None,
     others_are_background: bool = False,
     channel: int | None = None,
-    slice_axis: int = 2,
+    orientation: str = "RAS",
+    channels: Sequence[int] = (),
+    windows: Sequence[tuple[float, float] | None] = (),
+    ignore_value: int | None = None,
     **kwargs,
 ) -> tfds.core.DatasetInfo:
     """DatasetInfo of a slice data set.
@@ -91,9 +101,11 @@ def dataset_info(
         None: 1, 2, ...
       others_are_background: whether these may have other values, too.
       channel: of 4-D files, which one is the image; None: files are 3-D.
-      slice_axis: of the files; `generate_examples` gets volumes with slices on the last axis.
+      orientation: which `generate_examples` brings the volumes into; see `lclseg.data.orientation`.
+      channels, windows, ignore_value: see `preprocess.Preprocessing`.
     """
     size = builder.builder_config.image_size
+    image_shape = (size, size, len(channels)) if len(channels) > 1 else (size, size)
     tensor = tfds.features.Tensor
     # Not compressed one by one: `SliceWriter` does that for the record as a whole.
     pixels = functools.partial(tensor, encoding=tfds.features.Encoding.BYTES)
@@ -103,12 +115,13 @@ def dataset_info(
         "slice_index": np.int32,
         "num_slices": np.int32,
         "has_label": np.bool_,
-        "image": pixels(shape=(size, size), dtype=np.float32),
+        "image": pixels(shape=image_shape, dtype=np.float32),
         "label": pixels(shape=(size, size), dtype=np.uint8),
         "native_label": pixels(shape=(None, None), dtype=np.uint8),
         "native_shape": tensor(shape=(3,), dtype=np.int32),
         "spacing_mm": tensor(shape=(3,), dtype=np.float64),
         "affine": tensor(shape=(4, 4), dtype=np.float64),
+        "orientation": tensor(shape=(3,), dtype=np.int32),
     }
     return tfds.core.DatasetInfo(
         builder=builder,
@@ -121,7 +134,10 @@ def dataset_info(
             label_values=list(label_values or range(1, len(class_names) + 1)),
             others_are_background=others_are_background,
             channel=channel,
-            slice_axis=slice_axis,
+            orientation=orientation,
+            channels=list(channels),
+            windows=[w and list(w) for w in windows],
+            ignore_value=ignore_value,
             volumes=[],
         ),
         disable_shuffling=True,  # slices of a volume stay together and in order
@@ -170,7 +186,7 @@ def msd_cases(folder: Path, *, task: str, way_out: str) -> list[Case]:
             f"labelsTr. {way_out}"
         )
     try:
-        entries = json.loads(listing.read_text())["training"]
+        entries = json.loads(listing.read_text(encoding="utf-8-sig"))["training"]
         pairs = [(folder / e["image"], folder / e["label"]) for e in entries]
     except (ValueError, KeyError, TypeError) as error:
         raise nifti.VolumeError(
@@ -205,17 +221,25 @@ def _prepare(
     image_size: int,
     target_spacing_mm: float,
     n4_shrink_factor: int,
-) -> list[dict]:
-    """The slices of one case, in order along the last axis."""
-    volume = load(case)
+    wanted: str,
+    windows: Sequence[tuple[float, float] | None],
+) -> tuple[list[dict], float]:
+    """Slices of one case, in order along the last axis, and its `grid.relative_median`."""
+    volume = nifti.oriented(load(case), wanted)
+    shape = volume.image.shape[:3]
     on_grid: dict[str, Any] = {"image_size": image_size, "target_spacing_mm": target_spacing_mm}
     image = preprocess.to_slices(
-        volume.image, volume.spacing_mm, n4_shrink_factor=n4_shrink_factor, **on_grid
+        volume.image,
+        volume.spacing_mm,
+        n4_shrink_factor=n4_shrink_factor,
+        windows=windows,
+        **on_grid,
     )
     has_label = volume.label is not None
-    native_label = np.zeros(volume.image.shape, np.uint8) if volume.label is None else volume.label
+    native_label = np.zeros(shape, np.uint8) if volume.label is None else volume.label
     label = grid.label_to_grid(native_label, volume.spacing_mm, **on_grid)
-    return [
+    first = volume.image if volume.image.ndim == 3 else volume.image[..., 0]
+    examples = [
         {
             "volume_id": case.volume_id,
             "patient_id": case.patient_id,
@@ -225,12 +249,14 @@ def _prepare(
             "image": image[s],
             "label": label[s],
             "native_label": native_label[..., s],
-            "native_shape": np.asarray(volume.image.shape, np.int32),
+            "native_shape": np.asarray(shape, np.int32),
             "spacing_mm": np.asarray(volume.spacing_mm, np.float64),
             "affine": np.asarray(volume.affine, np.float64),
+            "orientation": np.asarray(orientation.to_numbers(volume.orientation), np.int32),
         }
         for s in range(len(image))
     ]
+    return examples, grid.relative_median(first)
 
 
 def generate_examples(
@@ -261,6 +287,8 @@ def generate_examples(
         image_size=builder.builder_config.image_size,
         target_spacing_mm=builder.builder_config.target_spacing_mm,
         n4_shrink_factor=builder.builder_config.n4_shrink_factor,
+        wanted=metadata["orientation"],
+        windows=[w and tuple(w) for w in metadata["windows"]],
     )
     metadata["volumes"] = []
     key = 0
@@ -269,8 +297,12 @@ def generate_examples(
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
         prepared = _in_order(pool, prepare, cases, ahead=4 * workers)
         try:
-            for examples in progress.each(prepared, "preparing volumes", len(cases)):
-                pixels = [np.bincount(e["label"].ravel(), minlength=num_classes) for e in examples]
+            for examples, median in progress.each(prepared, "preparing volumes", len(cases)):
+                # Without the ignored, of which there is no class.
+                pixels = [
+                    np.bincount(e["label"].ravel(), minlength=num_classes)[:num_classes]
+                    for e in examples
+                ]
                 metadata["volumes"].append(
                     {
                         "volume_id": examples[0]["volume_id"],
@@ -279,6 +311,8 @@ def generate_examples(
                         "first_slice": key,
                         # Per slice and class, on the training grid.
                         "class_pixels": np.stack(pixels).tolist(),
+                        "spacing_mm": examples[0]["spacing_mm"].tolist(),
+                        "median": median,  # of the first channel
                     }
                 )
                 for example in examples:

@@ -2,9 +2,11 @@
 
 import contextlib
 import dataclasses
+import errno
 import importlib
 import io
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,9 +15,12 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from lclseg.data import nifti
+from lclseg.data.orientation import Orientation, from_numbers
 from lclseg.data.preprocess import Preprocessing
 
 logger = logging.getLogger("lclseg")
+# No space left, quota used up, file too large.
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class VolumeEntry(NamedTuple):
@@ -33,12 +38,19 @@ class VolumeEntry(NamedTuple):
 
 
 class NativeVolume(NamedTuple):
-    """A volume as its file had it; `label` [X, Y, S] uint8, None without ground truth."""
+    """A volume of its own spacing, its axes in the orientation of the set.
+
+    Attributes:
+      label: [X, Y, S] uint8, None without ground truth.
+      shape, affine, spacing_mm: of these axes.
+      orientation: how they lie in the file.
+    """
 
     label: np.ndarray | None
     shape: tuple[int, int, int]
     affine: np.ndarray
     spacing_mm: tuple[float, float, float]
+    orientation: Orientation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,13 +90,11 @@ class PreparedSet:
         """In-plane spacing of the slices."""
         return self.preprocessing.target_spacing_mm
 
-    @property
-    def slice_axis(self) -> int:
-        """Of the data set's own files; the prepared volumes have slices on the last axis."""
-        return self.preprocessing.slice_axis
-
     def read_slices(self, indices: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Images [B, H, W] float32 and labels [B, H, W] uint8 of the given records."""
+        """Images [B, H, W] float32 and labels [B, H, W] uint8 of the given records.
+
+        Images of several channels are [B, H, W, K].
+        """
         records = self.source.__getitems__([int(i) for i in indices])
         return (
             np.stack([r["image"] for r in records]),
@@ -107,6 +117,7 @@ class PreparedSet:
             shape=tuple(first["native_shape"].tolist()),
             affine=first["affine"],
             spacing_mm=tuple(first["spacing_mm"].tolist()),
+            orientation=from_numbers(first["orientation"]),
         )
 
 
@@ -215,8 +226,22 @@ def preprocessing_of(builder: tfds.core.DatasetBuilder) -> Preprocessing:
         target_spacing_mm=config.target_spacing_mm,
         n4_shrink_factor=config.n4_shrink_factor,
         channel=metadata["channel"],
-        slice_axis=metadata["slice_axis"],
+        orientation=metadata["orientation"],
+        channels=tuple(metadata["channels"]),
+        windows=tuple(w and (w[0], w[1]) for w in metadata["windows"]),
+        ignore_value=metadata["ignore_value"],
+        **_seen(metadata["volumes"]),
     )
+
+
+def _seen(volumes: Sequence[Mapping[str, Any]]) -> dict[str, tuple]:
+    """What the prepared volumes are like; see `Preprocessing`; nothing before they are prepared."""
+    if not volumes:
+        return {}
+    spacings = np.array([v["spacing_mm"] for v in volumes])
+    medians = [v["median"] for v in volumes]
+    ranges = zip(spacings.min(axis=0).tolist(), spacings.max(axis=0).tolist(), strict=True)
+    return {"seen_spacing_mm": tuple(ranges), "seen_median": (min(medians), max(medians))}
 
 
 def _prepare(builder: tfds.core.DatasetBuilder, name: str, manual_dir: str) -> None:
@@ -236,6 +261,24 @@ def _prepare(builder: tfds.core.DatasetBuilder, name: str, manual_dir: str) -> N
     logger.info("preparing data set %s in %s", name, builder.data_dir)
     tfds.disable_progress_bar()  # the builders show their own, by volume
     with contextlib.redirect_stdout(io.StringIO()):  # TFDS tells of a download that there is not
-        builder.download_and_prepare(
-            download_config=tfds.download.DownloadConfig(manual_dir=manual_dir or None)
-        )
+        try:
+            builder.download_and_prepare(
+                download_config=tfds.download.DownloadConfig(manual_dir=manual_dir or None)
+            )
+        except Exception as error:
+            number = _disk_error(error)
+            if number is None:
+                raise
+            raise OSError(number, os.strerror(number), str(builder.data_dir)) from None
+
+
+def _disk_error(error: BaseException | None) -> int | None:
+    """The number of the disk's error behind any of those that writing a set raises."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+            return error.errno
+        for number in DISK_ERRORS:  # the record writer's own errors have no number
+            if os.strerror(number) in str(error):
+                return number
+        error = error.__cause__ or error.__context__
+    return None

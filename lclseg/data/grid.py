@@ -12,17 +12,44 @@ from collections.abc import Iterator
 import numpy as np
 
 PERCENTILES = (1, 99)  # of a volume's intensities, mapped to 0 and 1
+# What intensities are then held within: far from nearly all voxels of ordinary images, and near
+# enough that a voxel of 1e30, of a division by nearly 0, outweighs no other.
+CLIP = (-1.0, 3.0)
 
 
-def normalize_intensity(image: np.ndarray) -> np.ndarray:
-    """Maps the volume's 1st percentile to 0 and its 99th to 1, without clipping; float32.
+def intensity_range(image: np.ndarray) -> tuple[float, float]:
+    """The intensities that become 0 and 1: the volume's 1st and 99th percentile.
 
     Where these two coincide (a nearly empty volume), minimum and maximum take their place.
     """
-    low, high = np.percentile(image, PERCENTILES)
-    if not high > low:
-        low, high = image.min(), image.max()
-    return ((image - low) / (high - low)).astype(np.float32)
+    low, high = (float(v) for v in np.percentile(image, PERCENTILES))
+    return (low, high) if high > low else (float(image.min()), float(image.max()))
+
+
+def relative_median(image: np.ndarray) -> float:
+    """The median intensity, as `normalize_intensity` has it: about 0 where most is dark."""
+    low, high = intensity_range(image)
+    return float((np.median(image) - low) / (high - low))
+
+
+def without_outliers(image: np.ndarray) -> np.ndarray:
+    """The image, of any shape, with what `normalize_intensity` would clip cut off; same type."""
+    low, high = intensity_range(image)
+    return np.clip(image, *(low + np.multiply(CLIP, high - low)).astype(image.dtype))
+
+
+def normalize_intensity(image: np.ndarray) -> np.ndarray:
+    """Maps the volume's 1st percentile to 0 and its 99th to 1, held within `CLIP`; float32."""
+    low, high = intensity_range(image)
+    return np.clip((image - low) / (high - low), *CLIP).astype(np.float32)
+
+
+def window_intensity(image: np.ndarray, low: float, high: float) -> np.ndarray:
+    """Maps `low` to 0 and `high` to 1, and holds intensities within them; float32.
+
+    For CT, whose numbers mean the same in every scan: what is worth telling apart lies between.
+    """
+    return np.clip((image - low) / (high - low), 0, 1).astype(np.float32)
 
 
 def _source_index(num_out, spacing_out, num_in, spacing_in) -> np.ndarray:

@@ -165,6 +165,14 @@ def check_num_validation(num_validation: int, listed: Sequence[str]) -> None:
         )
 
 
+def empty_masks(role: str, names: Sequence[str]) -> SplitError:
+    """The error where nothing can be learnt from, chosen by or tested on the masks of a role."""
+    return SplitError(
+        f"the masks of data.{role} ({', '.join(names[:8])}) show no class at all; set data.{role} "
+        "to others, or, of own data, draw anew with another data.draw_seed"
+    )
+
+
 def choose_lists(data_config) -> dict[str, tuple[str, ...]]:
     """The patients of each role, by `config.data` alone.
 
@@ -233,8 +241,8 @@ def resolve_split(
 
     Raises:
       SplitError: see `choose_lists`; a patient who is not in the data set, or without ground truth
-        where that is needed; an empty role (only the unlabelled one may be: an upper bound has
-        none).
+        where that is needed; masks of a role that show nothing; an empty role (only the unlabelled
+        one may be: an upper bound has none).
     """
     lists = choose_lists(data_config)
     may_be_empty = {"unlabeled"}
@@ -256,13 +264,23 @@ def resolve_split(
                 f"data.{role}, or add the files and prepare the set anew"
             )
         entries = [e for p in patients for e in volumes_of[p]]
-        if role != "unlabeled" and data_config.get("frames") == "both_in_pool":
-            entries = [volumes_of[p][0] for p in patients]
-        blind = [e.volume_id for e in entries if not e.has_label]
-        if role != "unlabeled" and blind:
-            raise SplitError(
-                f"{role} volumes without ground truth: {', '.join(blind[:8])}; only unlabelled "
-                "volumes may lack it"
-            )
+        if role != "unlabeled":
+            if data_config.get("frames") == "both_in_pool":
+                entries = [volumes_of[p][0] for p in patients]
+            # Of a patient with several scans those with ground truth play the role.
+            blind = {e.patient_id for e in entries} - {e.patient_id for e in entries if e.has_label}
+            if blind:
+                names = [e.volume_id for e in entries if e.patient_id in blind]
+                raise SplitError(
+                    f"{role} volumes without ground truth: {', '.join(names[:8])}; only unlabelled "
+                    "volumes may lack it"
+                )
+            entries = [e for e in entries if e.has_label]
+            # Whether there is anything to measure may be known; it chooses nobody.
+            shown = [e.class_pixels[:, 1:].any() for e in entries]
+            if role != "labeled" and entries and not any(shown):
+                raise empty_masks(role, [e.volume_id for e in entries])
+        elif not data_config.unlabeled:
+            entries += [e for p in lists["labeled"] for e in volumes_of[p] if not e.has_label]
         ids[role] = tuple(e.volume_id for e in entries)
     return Split(**ids)

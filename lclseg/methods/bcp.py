@@ -27,11 +27,12 @@ from lclseg.losses import IGNORE
 from lclseg.methods.contract import (
     Base,
     Method,
-    draw_from,
+    segment,
     segmentation_term,
     teacher_probs,
+    unlabeled_sampler,
 )
-from lclseg.mixing import copy_paste_mask, mix
+from lclseg.mixing import copy_paste_mask, mix, next_slices
 from lclseg.random_keys import first_place, named_key, slice_keys
 from lclseg.rules import NOT_NEGATIVE, SHARE_BELOW_1, YES_NO
 
@@ -59,17 +60,6 @@ def make(options: Any, base: Base) -> Method:
             label = jax.vmap(cleaned)(label)
         return label
 
-    def sampler(labeled, unlabeled):
-        return lambda rng: {
-            "unlabeled": draw_from(unlabeled.records, rng, base.unlabeled_batch_size)
-        }
-
-    def segmented(net, params, state, image: Array):
-        out, batch_stats = net(
-            params, state.batch_stats, {"mixed": image}, {"mixed": ("segmentation",)}
-        )
-        return out["mixed"]["segmentation"], batch_stats
-
     def terms(net, params, state, batch, key):
         labeled, unlabeled = batch["labeled"], batch["strong"]
         sizes = len(labeled.image), len(unlabeled.image)
@@ -80,31 +70,28 @@ def make(options: Any, base: Base) -> Method:
         is_first = (first_place(number, net.axis_name) + jnp.arange(number)) % 2 == 0
         from_x = jnp.where(is_first[:, None, None], from_x, ~from_x)
         image = mix(from_x, labeled.image[x], unlabeled.image[u])
-        logits, batch_stats = segmented(net, params, state, image)
+        logits, batch_stats = segment(net, params, state.batch_stats, {"mixed": image})
         truth = mix(from_x, labeled.label[x], jnp.uint8(IGNORE))
         pseudo = pseudo_label(net, state, batch["unlabeled"].image)
         pseudo = mix(from_x, jnp.uint8(IGNORE), pseudo[u])
         weight = options.unlabeled_weight
         return {
-            "segmentation_loss": segmentation_term(base, logits, truth, net.axis_name),
-            "pseudo_label_loss": segmentation_term(base, logits, pseudo, net.axis_name, weight),
+            "segmentation_loss": segmentation_term(base, logits["mixed"], truth, net.axis_name),
+            "pseudo_label_loss": segmentation_term(
+                base, logits["mixed"], pseudo, net.axis_name, weight
+            ),
         }, batch_stats
 
     def pretraining_terms(net, params, state, batch, key):
         labeled = batch["labeled"]
-        number = len(labeled.image)
-        first = first_place(number, net.axis_name)
-
-        def pasted(mask: Array, x: Array) -> Array:
-            everything = x if net.axis_name is None else _gathered(x, net.axis_name)
-            places = (first + jnp.arange(number) + 1) % len(everything)
-            return mix(mask, x, everything[places])
-
-        mask = boxes(key, number, labeled.image.shape[1:], net.axis_name)
-        logits, batch_stats = segmented(net, params, state, pasted(mask, labeled.image))
-        label = pasted(mask, labeled.label)
+        axis_name = net.axis_name
+        mask = boxes(key, len(labeled.image), labeled.image.shape[1:], axis_name)
+        image, label = (
+            mix(mask, own, next_slices(own, axis_name)) for own in (labeled.image, labeled.label)
+        )
+        logits, batch_stats = segment(net, params, state.batch_stats, {"mixed": image})
         return {
-            "segmentation_loss": segmentation_term(base, logits, label, net.axis_name)
+            "segmentation_loss": segmentation_term(base, logits["mixed"], label, axis_name)
         }, batch_stats
 
     labeled_view = {"labeled": ("labeled", base.labeled_view)}
@@ -115,10 +102,6 @@ def make(options: Any, base: Base) -> Method:
             "unlabeled": ("unlabeled", base.move),
             "strong": ("unlabeled", base.change),
         },
-        sampler=sampler,
+        sampler=unlabeled_sampler(base),
         pretraining=(pretraining_terms, labeled_view) if options.pretraining else None,
     )
-
-
-def _gathered(x: Array, axis_name: str) -> Array:
-    return jax.lax.all_gather(x, axis_name, tiled=True)

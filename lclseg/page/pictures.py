@@ -7,7 +7,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
-from lclseg.data import grid
+from lclseg.data import grid, orientation
 from lclseg.data.dataset import PreparedSet
 from lclseg.metrics import mean_foreground_dice
 from lclseg.page import figures
@@ -155,9 +155,10 @@ def _overlays(
 def _read_prediction(prepared: PreparedSet, volume_id: str, path: Path) -> np.ndarray:
     """A stored prediction on the training grid, where the image is: [S, H, W]."""
     label = np.asarray(nib.Nifti1Image.from_filename(path).dataobj).astype(np.uint8)
+    native = prepared.read_native(volume_id)
     return grid.label_to_grid(
-        np.moveaxis(label, prepared.slice_axis, 2),
-        prepared.read_native(volume_id).spacing_mm,
+        orientation.to_volume(label, native.orientation),
+        native.spacing_mm,
         image_size=prepared.image_size,
         target_spacing_mm=prepared.target_spacing_mm,
     )

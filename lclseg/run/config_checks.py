@@ -7,8 +7,9 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from lclseg.data import own_data
+from lclseg.data.layouts import MAX_CHANNELS
 from lclseg.data.splits import choose_lists
-from lclseg.errors import UserError
+from lclseg.errors import ConfigError, UserError
 from lclseg.rules import (
     ABOVE_0,
     FACTORS,
@@ -27,11 +28,6 @@ from lclseg.rules import (
     span,
     whole,
 )
-
-
-class ConfigError(UserError):
-    """A config that cannot be run; the message names the keys and the way out."""
-
 
 ANY = Rule(lambda v: True, "any value")
 THRESHOLD = Rule(SHARE_BELOW_1.holds, "0 <= x < 1, 0 to accept all")
@@ -120,6 +116,14 @@ OWN_DATA_RULES: dict[str, Rule] = {
     "data.slice_axis": whole(-1, 2),
     "data.label_values": each(lambda v: is_whole(v) and 0 <= v < 2**16, "whole numbers 0..65535"),
     "data.class_names": NAMES,
+    "data.ignore_value": whole(-1, 2**16 - 1),
+    "data.exclude": NAMES,
+    "data.patients_by_name": YES_NO,
+    "data.channels": each(lambda v: is_whole(v) and 0 <= v < MAX_CHANNELS, "whole numbers 0..99"),
+    "data.windows": each(
+        lambda w: w is None or (len(w) == 2 and all(map(is_number, w)) and w[0] < w[1]),
+        "(low, high) with low < high, or None, one a channel",
+    ),
     "data.folder_digest": TEXT,
     "data.with_mask": NAMES,
     "data.draw_seed": whole(0),

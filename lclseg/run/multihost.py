@@ -21,7 +21,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from orbax.checkpoint import multihost
 
-from lclseg.run.config_checks import ConfigError
+from lclseg.errors import ConfigError
 
 # A process that has not been heard of for so long is dead, and the others end.
 HEARTBEAT_TIMEOUT_S = 60

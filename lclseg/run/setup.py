@@ -1,78 +1,41 @@
 """What stays the same throughout a run: config, data, workdir, model and compiled programs."""
 
 import dataclasses
-import functools
-import json
 import logging
 import math
-import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import Any, TextIO
 
 import jax
-import optax
 from ml_collections import ConfigDict
 
-from lclseg import evaluation, steps
+from lclseg import steps
 from lclseg.cores import usable_cores
 from lclseg.data import own_data, preprocess
 from lclseg.data.dataset import PreparedSet, open_builder, open_prepared, preprocessing_of
 from lclseg.data.splits import Split, resolve_split
+from lclseg.errors import ConfigError
 from lclseg.methods import supervised
 from lclseg.methods.base import base_of, method_of
 from lclseg.methods.contract import Method
-from lclseg.models import Net, UNet
+from lclseg.models import UNet
 from lclseg.random_keys import named_key
 from lclseg.run import devices, multihost, start_from
 from lclseg.run.config_checks import (
-    ConfigError,
     check_classes,
     check_config,
     units_per_batch,
 )
+from lclseg.run.programs import Programs, compile_programs, stages
 from lclseg.run.stored_config import (
     MACHINE_KEYS,
-    as_now,
-    baseline_differences,
     differing_keys,
-    refused_changes,
     to_store,
 )
-from lclseg.run.workdir import LOCK, lock, read_json, write_json
+from lclseg.run.workdir import claim_workdir, write_json
 
 logger = logging.getLogger("lclseg")
-
-
-class Stage(NamedTuple):
-    """A stretch of training with one loss, which ends in a test.
-
-    Attributes:
-      name: "baseline", "round_<k>", or "joint" where a method stores no pseudo-labels.
-      kind: "first" or "joint".
-      first_step: counted over the run.
-      num_steps: of the stage.
-    """
-
-    name: str
-    kind: str
-    first_step: int
-    num_steps: int
-
-
-class Programs(NamedTuple):
-    """What one kind of stage runs on the devices.
-
-    Attributes:
-      optimizer: of the stage.
-      train: compiled over devices: `steps.train_step`, or `steps.train_steps` where one dispatch
-        takes several.
-      statistics: compiled `steps.batch_statistics`.
-    """
-
-    optimizer: optax.GradientTransformation
-    train: Callable
-    statistics: Callable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,60 +188,6 @@ def start_run(
     )
 
 
-def stages(config: ConfigDict, method: Method) -> list[Stage]:
-    """The stages of a run, in order: the first one, then rounds, or all their steps as one stage.
-
-    A method without a sampler learns from labelled slices alone: all steps are its first stage.
-    """
-    first, number, each = (
-        config.rounds.baseline_steps,
-        config.rounds.num_rounds,
-        config.rounds.steps_per_round,
-    )
-    if method.sampler is None:
-        return [Stage("baseline", "first", 0, first + number * each)]
-    found = [Stage("baseline", "first", 0, first)]
-    if method.offline:
-        for k in range(number):
-            found.append(Stage(f"round_{k + 1}", "joint", first + k * each, each))
-    elif number:
-        found.append(Stage("joint", "joint", first, number * each))
-    return found
-
-
-def compile_programs(
-    config: ConfigDict, model: UNet, terms: Callable, views: Any, method: Method, num_steps: int
-) -> Programs:
-    """The programs of one kind of stage; XLA compiles each when it is first called."""
-    optimizer = make_optimizer(config.optimizer, num_steps)
-    net = Net(model)
-    step = functools.partial(
-        steps.train_step,
-        net=net,
-        terms=terms,
-        views=views,
-        optimizer=optimizer,
-        ema_decay=config.optimizer.ema_decay,
-        remember=method.remember,
-    )
-    if devices.steps_per_dispatch(config.log.every) > 1:
-        step = functools.partial(steps.train_steps, step=step)
-    statistics = functools.partial(steps.batch_statistics, net=net, terms=terms, views=views)
-    return Programs(
-        optimizer=optimizer,
-        train=devices.over_devices(step, donate_state=True),
-        statistics=devices.over_devices(statistics, donate_state=False),
-    )
-
-
-def make_optimizer(config: ConfigDict, num_steps: int) -> optax.GradientTransformation:
-    """Adam, with the config's learning rate, constant or decaying to 0 over the stage."""
-    rate = config.learning_rate
-    if config.schedule == "cosine":
-        rate = optax.cosine_decay_schedule(rate, num_steps)
-    return optax.adam(rate)
-
-
 def check_processes_agree(config: ConfigDict, prepared: PreparedSet) -> None:
     """Raises ConfigError where a process has another config or other data than the first."""
     if jax.device_count() != jax.process_count() * jax.local_device_count():
@@ -301,73 +210,6 @@ def check_processes_agree(config: ConfigDict, prepared: PreparedSet) -> None:
         )
 
 
-def claim_workdir(config: ConfigDict, workdir: Path) -> TextIO:
-    """Creates the workdir with the config in it, or checks that its run can go on with this config.
-
-    A run may be longer than it was, and go on elsewhere or on other devices; see `refused_changes`.
-
-    Returns:
-      The lock on the workdir; closing it, or the end of the process, gives the folder free.
-
-    Raises:
-      ConfigError: the folder holds something else, or a run that cannot go on with this config.
-      WorkdirError: another process has it.
-    """
-    path = workdir / "config.json"
-    ours = {"config.partial", LOCK}  # of a run that ended before it began
-    if workdir.exists() and not path.exists():
-        if any(p.name not in ours for p in workdir.iterdir()):
-            raise ConfigError(f"{workdir} is not empty and no lclseg run; choose another --workdir")
-    workdir.mkdir(parents=True, exist_ok=True)
-    held = lock(workdir)
-    content = to_store(config)
-    before = read_json(path)
-    if before is not None:
-        begun = [p.name for p in (workdir / "checkpoints").glob("*")]
-        keys = refused_changes(as_now(before), content, begun)
-        if keys:
-            held.close()
-            raise ConfigError(
-                f"{workdir} holds a run with other values of {', '.join(keys[:8])}; go on with its "
-                "config, or choose another --workdir"
-            )
-    write_json(path, content)
-    return held
-
-
-def take_over_baseline(run: Run, results: dict) -> None:
-    """Copies the finished baseline of `rounds.baseline_from`, another workdir, into this run.
-
-    Raises:
-      ConfigError: no finished baseline there, or one of another config.
-    """
-    source = Path(run.config.rounds.baseline_from).expanduser()
-    theirs = read_json(source / "results.json")
-    if theirs is None or "baseline" not in theirs["results"]:
-        raise ConfigError(f"rounds.baseline_from: no finished baseline in {source}")
-    stored = json.loads((source / "config.json").read_text())
-    keys = baseline_differences(
-        as_now(stored), to_store(run.config), by_method=run.method.pretraining is not None
-    )
-    if keys:
-        raise ConfigError(
-            f"rounds.baseline_from: the baseline in {source} has other values of "
-            f"{', '.join(keys[:8])}"
-        )
-    found = theirs["results"]["baseline"]["num_steps"]
-    wanted = stages(run.config, run.method)[0].num_steps
-    if found != wanted:  # without unlabelled slices the steps of the rounds are the baseline's
-        raise ConfigError(
-            f"rounds.baseline_from: the baseline in {source} has {found} steps; wanted {wanted}"
-        )
-    for folder in ("checkpoints/baseline", "predictions/baseline"):
-        if not (source / folder).exists():  # predictions, where there is nothing to test on
-            continue
-        shutil.copytree(source / folder, run.workdir / folder, dirs_exist_ok=True)
-    results["results"]["baseline"] = theirs["results"]["baseline"]
-    write_json(run.workdir / "results.json", results)
-
-
 def initial_state(run: Run, number: int) -> steps.TrainState:
     """A fresh state; number 0 starts the first stage, number k gives round k its heads."""
     return steps.create_train_state(
@@ -377,40 +219,4 @@ def initial_state(run: Run, number: int) -> steps.TrainState:
         image_size=run.config.data.image_size,
         networks=run.method.networks,
         init_memory=run.method.init_memory,
-    )
-
-
-def predictor(
-    run: Run,
-    replicated: steps.TrainState,
-    *,
-    refine: Callable | None = None,
-    stoppable: bool = True,
-) -> evaluation.Predict:
-    """A state's `batched_predictor`; of several processes, each predicts its part of the slices.
-
-    It stops when asked to, if `stoppable`: not in validation, which belongs to the step before it.
-    """
-    if run.method.networks > 1:
-        replicated = jax.vmap(steps.first_network)(replicated)
-    predict = devices.batched_predictor(
-        run.predict,
-        replicated,
-        batch_size=-(-run.config.data.eval_batch_size // jax.process_count()),
-        refine=refine,
-        stop_asked=run.stop_asked if stoppable else lambda: False,
-    )
-    return multihost.predict_together(predict)
-
-
-def evaluate_state(
-    run: Run, replicated: steps.TrainState, volume_ids, *, stoppable: bool, **kwargs
-) -> dict:
-    """Metrics of a state, a copy per device, on volumes; see `evaluation.evaluate`."""
-    return evaluation.evaluate(
-        predictor(run, replicated, stoppable=stoppable),
-        run.prepared,
-        volume_ids,
-        batch_size=run.config.data.eval_batch_size,
-        **kwargs,
     )

@@ -9,7 +9,8 @@ import numpy as np
 from tensorboardX import SummaryWriter
 
 from lclseg.run import progress, tensorboard
-from lclseg.run.setup import Run, Stage
+from lclseg.run.programs import Stage
+from lclseg.run.setup import Run
 from lclseg.run.workdir import forget_lines
 
 

@@ -1,6 +1,7 @@
 """Starting from the weights of another run: whether they fit, and whether its masks leak."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import NamedTuple
 
@@ -8,9 +9,12 @@ from ml_collections import ConfigDict
 
 from lclseg.data.dataset import PreparedSet
 from lclseg.data.splits import Split
+from lclseg.errors import ConfigError
+from lclseg.methods.contract import Method
 from lclseg.run import multihost
-from lclseg.run.config_checks import ConfigError
-from lclseg.run.workdir import read_json
+from lclseg.run.programs import stages
+from lclseg.run.stored_config import as_now, baseline_differences, to_store
+from lclseg.run.workdir import read_json, write_json
 
 ARCHITECTURE = ("filters", "embedding_dim")  # of config.model: they fix the weights' shapes
 
@@ -92,3 +96,36 @@ def check_source(
                 f"{', '.join(leaks[:8])}, which are this run's {role} volumes; take them out of "
                 f"data.{role}"
             )
+
+
+def take_over_baseline(config: ConfigDict, method: Method, workdir: Path, results: dict) -> None:
+    """Copies the finished baseline of `rounds.baseline_from`, another workdir, into this run.
+
+    Raises:
+      ConfigError: no finished baseline there, or one of another config.
+    """
+    source = Path(config.rounds.baseline_from).expanduser()
+    theirs = read_json(source / "results.json")
+    if theirs is None or "baseline" not in theirs["results"]:
+        raise ConfigError(f"rounds.baseline_from: no finished baseline in {source}")
+    stored = json.loads((source / "config.json").read_text())
+    keys = baseline_differences(
+        as_now(stored), to_store(config), by_method=method.pretraining is not None
+    )
+    if keys:
+        raise ConfigError(
+            f"rounds.baseline_from: the baseline in {source} has other values of "
+            f"{', '.join(keys[:8])}"
+        )
+    found = theirs["results"]["baseline"]["num_steps"]
+    wanted = stages(config, method)[0].num_steps
+    if found != wanted:  # without unlabelled slices the steps of the rounds are the baseline's
+        raise ConfigError(
+            f"rounds.baseline_from: the baseline in {source} has {found} steps; wanted {wanted}"
+        )
+    for folder in ("checkpoints/baseline", "predictions/baseline"):
+        if not (source / folder).exists():  # predictions, where there is nothing to test on
+            continue
+        shutil.copytree(source / folder, workdir / folder, dirs_exist_ok=True)
+    results["results"]["baseline"] = theirs["results"]["baseline"]
+    write_json(workdir / "results.json", results)

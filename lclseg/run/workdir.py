@@ -15,7 +15,8 @@ from ml_collections import ConfigDict
 
 from lclseg.data.dataset import PreparedSet
 from lclseg.data.splits import Split
-from lclseg.errors import UserError
+from lclseg.errors import ConfigError, UserError
+from lclseg.run.stored_config import as_now, refused_changes, to_store
 
 # The file that is locked: what it says is for who reads it, the lock itself is the system's.
 LOCK = "lock"
@@ -133,3 +134,37 @@ def forget_lines(path: Path, stage: str, *, after_step: int) -> None:
 def read_json(path: Path) -> dict | None:
     """The file's content, None where there is no file."""
     return json.loads(path.read_text()) if path.exists() else None
+
+
+def claim_workdir(config: ConfigDict, workdir: Path) -> TextIO:
+    """Creates the workdir with the config in it, or checks that its run can go on with this config.
+
+    A run may be longer than it was, and go on elsewhere or on other devices; see `refused_changes`.
+
+    Returns:
+      The lock on the workdir; closing it, or the end of the process, gives the folder free.
+
+    Raises:
+      ConfigError: the folder holds something else, or a run that cannot go on with this config.
+      WorkdirError: another process has it.
+    """
+    path = workdir / "config.json"
+    ours = {"config.partial", LOCK}  # of a run that ended before it began
+    if workdir.exists() and not path.exists():
+        if any(p.name not in ours for p in workdir.iterdir()):
+            raise ConfigError(f"{workdir} is not empty and no lclseg run; choose another --workdir")
+    workdir.mkdir(parents=True, exist_ok=True)
+    held = lock(workdir)
+    content = to_store(config)
+    before = read_json(path)
+    if before is not None:
+        begun = [p.name for p in (workdir / "checkpoints").glob("*")]
+        keys = refused_changes(as_now(before), content, begun)
+        if keys:
+            held.close()
+            raise ConfigError(
+                f"{workdir} holds a run with other values of {', '.join(keys[:8])}; go on with its "
+                "config, or choose another --workdir"
+            )
+    write_json(path, content)
+    return held

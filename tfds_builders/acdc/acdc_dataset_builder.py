@@ -11,6 +11,7 @@ from lclseg.data import nifti
 from tfds_builders import slices
 
 CLASS_NAMES = ("RV", "MYO", "LV")
+ORIENTATION = "LPS"  # as the files have it
 
 
 @dataclasses.dataclass(eq=False)
@@ -71,8 +72,8 @@ def find_cases(folder: Path, *, both_frames: bool = False) -> list[slices.Case]:
 class Builder(tfds.core.GeneratorBasedBuilder):
     """Slices of the ACDC volumes, end-diastolic or both, from `manual_dir`."""
 
-    VERSION = tfds.core.Version("1.1.0")
-    RELEASE_NOTES = {"1.1.0": "Records compressed as a whole.", "1.0.0": "First release."}
+    VERSION = slices.VERSION
+    RELEASE_NOTES = slices.RELEASE_NOTES
     MANUAL_DOWNLOAD_INSTRUCTIONS = (
         "Register at humanheart-project.creatis.insa-lyon.fr (non-commercial research), download "
         "the ACDC training set, unpack it, and give the folder that holds patient001, patient002, "
@@ -85,6 +86,7 @@ class Builder(tfds.core.GeneratorBasedBuilder):
         return slices.dataset_info(
             self,
             class_names=CLASS_NAMES,
+            orientation=ORIENTATION,
             description="ACDC, end-diastolic frames: right ventricle (1), myocardium (2), left "
             "ventricle (3).",
             homepage="https://humanheart-project.creatis.insa-lyon.fr/database",

@@ -20,8 +20,8 @@ def find_cases(folder: Path) -> list[slices.Case]:
 class Builder(tfds.core.GeneratorBasedBuilder):
     """Slices of MSD Task04 (hippocampus), from `manual_dir`."""
 
-    VERSION = tfds.core.Version("1.1.0")
-    RELEASE_NOTES = {"1.1.0": "Records compressed as a whole.", "1.0.0": "First release."}
+    VERSION = slices.VERSION
+    RELEASE_NOTES = slices.RELEASE_NOTES
     MANUAL_DOWNLOAD_INSTRUCTIONS = (
         "Download Task04_Hippocampus.tar from medicaldecathlon.com (CC-BY-SA 4.0), unpack it, and "
         "give the folder as --config.data.manual_dir=PATH."

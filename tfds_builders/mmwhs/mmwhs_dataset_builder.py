@@ -57,10 +57,10 @@ def load(case: slices.Case) -> nifti.Volume:
 
 
 class Builder(tfds.core.GeneratorBasedBuilder):
-    """Slices (third axis of the files) of the MM-WHS MR training volumes, from `manual_dir`."""
+    """Axial slices of the MM-WHS MR training volumes, from `manual_dir`."""
 
-    VERSION = tfds.core.Version("1.1.0")
-    RELEASE_NOTES = {"1.1.0": "Records compressed as a whole.", "1.0.0": "First release."}
+    VERSION = slices.VERSION
+    RELEASE_NOTES = slices.RELEASE_NOTES
     MANUAL_DOWNLOAD_INSTRUCTIONS = (
         "Register at zmiclab.github.io/zxh/0/mmwhs (research only), download the MR training data, "
         "unpack them, and give the folder that holds mr_train_1001_image.nii.gz, "

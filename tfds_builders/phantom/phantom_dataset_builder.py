@@ -27,8 +27,8 @@ def find_cases(num_volumes: int = NUM_VOLUMES) -> list[slices.Case]:
 class Builder(tfds.core.GeneratorBasedBuilder):
     """Slices of SYNTHETIC cardiac volumes; no patient was scanned, nothing is downloaded."""
 
-    VERSION = tfds.core.Version("1.1.0")
-    RELEASE_NOTES = {"1.1.0": "Records compressed as a whole.", "1.0.0": "First release."}
+    VERSION = slices.VERSION
+    RELEASE_NOTES = slices.RELEASE_NOTES
 
     _example_writer = slices.example_writer
 

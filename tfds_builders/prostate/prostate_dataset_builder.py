@@ -33,8 +33,8 @@ class Builder(tfds.core.GeneratorBasedBuilder):
     grid needs no second download.
     """
 
-    VERSION = tfds.core.Version("1.1.0")
-    RELEASE_NOTES = {"1.1.0": "Records compressed as a whole.", "1.0.0": "First release."}
+    VERSION = slices.VERSION
+    RELEASE_NOTES = slices.RELEASE_NOTES
 
     _example_writer = slices.example_writer
 

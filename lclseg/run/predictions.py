@@ -1,0 +1,45 @@
+"""What a state of a run predicts, on all devices and in all processes."""
+
+from collections.abc import Callable
+
+import jax
+
+from lclseg import evaluation, steps
+from lclseg.run import devices, multihost
+from lclseg.run.setup import Run
+
+
+def predictor(
+    run: Run,
+    replicated: steps.TrainState,
+    *,
+    refine: Callable | None = None,
+    stoppable: bool = True,
+) -> evaluation.Predict:
+    """A state's `batched_predictor`; of several processes, each predicts its part of the slices.
+
+    It stops when asked to, if `stoppable`: not in validation, which belongs to the step before it.
+    """
+    if run.method.networks > 1:
+        replicated = jax.vmap(steps.first_network)(replicated)
+    predict = devices.batched_predictor(
+        run.predict,
+        replicated,
+        batch_size=-(-run.config.data.eval_batch_size // jax.process_count()),
+        refine=refine,
+        stop_asked=run.stop_asked if stoppable else lambda: False,
+    )
+    return multihost.predict_together(predict)
+
+
+def evaluate_state(
+    run: Run, replicated: steps.TrainState, volume_ids, *, stoppable: bool, **kwargs
+) -> dict:
+    """Metrics of a state, a copy per device, on volumes; see `evaluation.evaluate`."""
+    return evaluation.evaluate(
+        predictor(run, replicated, stoppable=stoppable),
+        run.prepared,
+        volume_ids,
+        batch_size=run.config.data.eval_batch_size,
+        **kwargs,
+    )
