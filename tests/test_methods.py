@@ -19,7 +19,7 @@ import numpy as np
 import optax
 import pytest
 
-from lclseg import steps, train
+from lclseg import evaluation, model_files, predict, steps, train
 from lclseg.data.batches import Pool, sampler
 from lclseg.losses import IGNORE
 from lclseg.methods import base as bases
@@ -416,6 +416,25 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_bits(name, finished, data_dir
         train.train_and_evaluate(run_config(data_dir, name), tmp_path / "run", stop_asked)
     train.train_and_evaluate(run_config(data_dir, name), tmp_path / "run")
     assert_same_end(end_of(tmp_path / "run"), undisturbed.end)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_model_that_is_handed_out_predicts_as_its_test_did(name, finished, data_dir):
+    """Trunk and segmentation head of the first network alone."""
+    run = finished(name)
+    model = model_files.load_run(run.workdir)
+    assert model.facts["stage"] == run.results["chosen"] and model.facts["method"] == name
+    assert set(model.state.ema_params) == {"unet_trunk", "segmentation_head"}
+    prepared, split = setup.open_data(run_config(data_dir, name))
+    found = evaluation.evaluate(
+        predict.mean_predictor([model]),
+        prepared,
+        split.test,
+        batch_size=16,
+        with_distances=False,
+    )
+    tested = run.results["results"][run.results["chosen"]]["test"]
+    assert found["dice_per_class"] == tested["dice_per_class"]
 
 
 class Poisoned:
