@@ -22,7 +22,7 @@ from lclseg.data.nifti import VolumeError
 from lclseg.data.splits import Split, SplitError, resolve_split
 from lclseg.models import UNet
 from lclseg.pseudo_labels import PseudoLabelError
-from lclseg.run import devices, multihost
+from lclseg.run import devices, memory, multihost
 from lclseg.run.config_checks import (
     JOINT_ONLY,
     MACHINE_KEYS,
@@ -139,6 +139,7 @@ def start_run(
       ConfigError, SplitError, VolumeError: before any work is lost.
     """
     check_config(config, num_devices=jax.device_count())
+    memory.check_memory(config, memory.available_bytes())
     prepared, split = open_data(config)
     check_processes_agree(config, prepared)
     model = UNet(
