@@ -5,6 +5,8 @@ the draw of a slice does not depend on how the batch is split over devices. Coor
 backwards: at each output pixel they name the (row, column), in pixels, to read in the input.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.scipy.ndimage import map_coordinates
@@ -29,7 +31,7 @@ def augment_slice(
 
     Args:
       key: a single random key.
-      image: [H, W] float.
+      image: [H, W] or [H, W, K] float.
       label: [H, W] integers, background 0.
       max_rotation_degrees: bound of the small rotation, either way.
       scale_range: (low, high) of the magnification; 1.05 enlarges by 5 %.
@@ -43,13 +45,13 @@ def augment_slice(
       background: label 0, and image 0 before the intensity jitter.
 
     Raises:
-      ValueError: image and label are not of one common shape [H, W].
+      ValueError: image and label have not the same [H, W].
       TypeError: the label is not an integer array.
     """
-    if image.ndim != 2 or image.shape != label.shape:
+    if label.ndim != 2 or image.ndim > 3 or image.shape[:2] != label.shape:
         raise ValueError(
-            f"image is {image.shape} and label {label.shape}, both must be the same [H, W]: "
-            "drop the channel axis and vmap over the batch"
+            f"image is {image.shape} and label {label.shape}, both must be the same [H, W], the "
+            "image may be [H, W, K]: vmap over the batch"
         )
     if not jnp.issubdtype(label.dtype, jnp.integer):
         raise TypeError(
@@ -63,7 +65,7 @@ def augment_slice(
         scale_range=scale_range,
     )
     displacement = elastic_displacement(
-        elastic_key, image.shape, sigma_px=elastic_sigma_px, probability=elastic_probability
+        elastic_key, label.shape, sigma_px=elastic_sigma_px, probability=elastic_probability
     )
     image, label = warp(image, label, warp_coordinates(matrix, displacement))
     image = jitter_intensity(
@@ -77,13 +79,13 @@ def augment_view(key, image, *, contrast_range=(0.7, 1.3), max_brightness=0.3, c
 
     Args:
       key: a single random key.
-      image: [H, W] float.
+      image: [H, W] or [H, W, K] float.
       contrast_range: (low, high) of the factor.
       max_brightness: bound of the offset, either way.
       clip: (low, high) of the result.
 
     Returns:
-      [H, W], dtype of `image`, within `clip`.
+      As `image`, within `clip`.
     """
     return jitter_intensity(
         key, image, contrast_range=contrast_range, max_brightness=max_brightness, clip=clip
@@ -179,39 +181,46 @@ def warp(image, label, coordinates):
     """Reads image (linear) and label (nearest) at `coordinates`; 0 outside the slice.
 
     Args:
-      image: [H, W] float.
+      image: [H, W] or [H, W, K] float.
       label: [H, W] integers.
       coordinates: [2, H', W'] (row, column), pixels.
 
     Returns:
-      (image, label), [H', W'] each, dtypes kept. Over the first pixel beyond an edge the
-      image fades linearly to 0; the label becomes 0 half a pixel beyond it.
+      (image, label), [H', W'] each, the image [H', W', K] where it was, dtypes kept. Over the first
+      pixel beyond an edge the image fades linearly to 0; the label becomes 0 half a pixel beyond
+      it.
     """
-    image = map_coordinates(image, coordinates, order=1, mode="constant", cval=0)
+    read = functools.partial(
+        map_coordinates, coordinates=coordinates, order=1, mode="constant", cval=0
+    )
+    image = read(image) if image.ndim == 2 else jax.vmap(read, in_axes=-1, out_axes=-1)(image)
     label = map_coordinates(label, coordinates, order=0, mode="constant", cval=0)
     return image, label
 
 
 def jitter_intensity(key, image, *, contrast_range, max_brightness, clip=None):
-    """Returns image * contrast + brightness, both uniform draws, one pair per slice.
+    """Returns image * contrast + brightness, both uniform draws, one pair per slice and channel.
 
     Args:
       key: a single random key.
-      image: [H, W] float.
+      image: [H, W] or [H, W, K] float.
       contrast_range: (low, high) of the factor.
       max_brightness: bound of the offset, either way.
       clip: None, or (low, high) of the result.
 
     Returns:
-      [H, W], dtype of `image`.
+      As `image`.
     """
     low, high = contrast_range
+    channels = (1,) * (image.ndim - 2)
     contrast, brightness = jax.random.uniform(
         key,
-        (2,),
+        (2, *image.shape[2:]),
         dtype=image.dtype,
-        minval=jnp.array([low, -max_brightness], image.dtype),
-        maxval=jnp.array([high, max_brightness], image.dtype),
+        minval=jnp.array([low, -max_brightness], image.dtype).reshape(2, *channels),
+        maxval=jnp.array([high, max_brightness], image.dtype).reshape(2, *channels),
     )
+    if image.ndim == 3:
+        contrast, brightness = contrast[None, None], brightness[None, None]
     image = image * contrast + brightness
     return image if clip is None else jnp.clip(image, *clip)

@@ -142,7 +142,9 @@ def read_model(folder: Path) -> TrainedModel:
 def _wanted_leaves(how: Preprocessing, architecture: dict) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes and types of all parameters and statistics by name; nothing is computed."""
     unet = model_files.unet(how, architecture)
-    slices = jax.ShapeDtypeStruct((1, how.image_size, how.image_size), jnp.float32)
+    slices = jax.ShapeDtypeStruct(
+        (1, how.image_size, how.image_size, how.num_channels), jnp.float32
+    )
     init = functools.partial(unet.init, train=False)
     return flax.traverse_util.flatten_dict(jax.eval_shape(init, jax.random.key(0), slices), sep="/")
 

@@ -93,6 +93,7 @@ def load_run(workdir: Path, stage: str | None = None) -> TrainedModel:
         unet(how, architecture),
         make_optimizer(config.optimizer, 1),
         image_size=how.image_size,
+        num_channels=how.num_channels,
     )
     folder = workdir / "checkpoints" / stage
     try:

@@ -251,7 +251,10 @@ class UNet(nn.Module):
         self.projection_head = ProjectionHead(self.embedding_dim, **shared)
 
     def trunk(self, images: Array, *, train: bool) -> Array:
-        """[B, H, W] float -> features [B, H, W, filters[0]]. Raises ValueError on a bad H or W."""
+        """[B, H, W] or [B, H, W, K] float -> features [B, H, W, filters[0]].
+
+        Raises ValueError on a bad H or W.
+        """
         multiple = 2 ** (len(self.filters) - 1)
         if images.shape[1] % multiple or images.shape[2] % multiple:
             raise ValueError(
@@ -259,7 +262,8 @@ class UNet(nn.Module):
                 f"{len(self.filters)} levels both sides must be multiples of {multiple}; "
                 "change data.image_size or model.filters"
             )
-        return self.unet_trunk(images[..., None].astype(self.dtype), train=train)
+        images = images[..., None] if images.ndim == 3 else images
+        return self.unet_trunk(images.astype(self.dtype), train=train)
 
     def segment(self, features: Array, *, train: bool) -> Array:
         """Features -> logits [B, H, W, C] float32."""
@@ -270,6 +274,6 @@ class UNet(nn.Module):
         return self.projection_head(features, train=train)
 
     def __call__(self, images: Array, *, train: bool) -> tuple[Array, Array]:
-        """[B, H, W] -> (logits [B, H, W, C], embeddings [B, H, W, E])."""
+        """[B, H, W] or [B, H, W, K] -> (logits [B, H, W, C], embeddings [B, H, W, E])."""
         features = self.trunk(images, train=train)
         return self.segment(features, train=train), self.project(features, train=train)

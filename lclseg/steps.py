@@ -74,7 +74,12 @@ class AugmentOptions(NamedTuple):
 
 
 def create_train_state(
-    key: Array, model: UNet, optimizer: optax.GradientTransformation, *, image_size: int
+    key: Array,
+    model: UNet,
+    optimizer: optax.GradientTransformation,
+    *,
+    image_size: int,
+    num_channels: int = 1,
 ) -> TrainState:
     """A state at step 0; raises ValueError if the image size does not fit the model.
 
@@ -82,7 +87,7 @@ def create_train_state(
     BatchNorm starts as the identity. All kernels come from one draw: Flax's own initialisation
     compiles a random-number program for each, ten seconds in all.
     """
-    slices = jax.ShapeDtypeStruct((1, image_size, image_size), jnp.float32)
+    slices = jax.ShapeDtypeStruct((1, image_size, image_size, num_channels), jnp.float32)
     shapes = jax.eval_shape(functools.partial(model.init, train=False), key, slices)
     leaves = jax.tree_util.tree_leaves_with_path(shapes["params"])
     kernels = [leaf for path, leaf in leaves if path[-1].key == "kernel"]
@@ -234,7 +239,7 @@ def augment_batch(
         views, masks = jax.vmap(view)(
             keys, pairs.reshape(-1, *pairs.shape[2:]), labels.reshape(-1, *labels.shape[2:])
         )
-        out |= {"pair_image": views.reshape(pairs.shape), "pair_label": masks.reshape(pairs.shape)}
+        out |= {"pair_image": views.reshape(pairs.shape), "pair_label": masks.reshape(labels.shape)}
     return out
 
 
@@ -277,7 +282,7 @@ def _forward(
             logits = jnp.concatenate([logits, pair_logits])
     else:
         (logits, embeddings), updates = apply(variables, jnp.concatenate([batch["image"], views]))
-    return logits, embeddings.reshape(*pairs.shape, -1), updates["batch_stats"]
+    return logits, embeddings.reshape(*pairs.shape[:4], -1), updates["batch_stats"]
 
 
 def _contrastive_sum(
@@ -336,8 +341,9 @@ def train_step(
 
     Args:
       state: the state before the step.
-      batch: `image` [B, H, W] float and `label` [B, H, W] int; in the joint stage also `pair_image`
-        [P, 2, H, W] and `pair_label` [P, 2, H, W]. Equal shares of the global batch per device.
+      batch: `image` [B, H, W] or [B, H, W, K] float and `label` [B, H, W] int; in the joint stage
+        also `pair_image` [P, 2, H, W] or [P, 2, H, W, K] and `pair_label` [P, 2, H, W]. Equal
+        shares of the global batch per device.
       key: the run's key, the same at every step; the state's step is folded in.
       model, optimizer, loss_options, augment_options: static.
       ema_decay: of the averaged weights; 0 makes them equal to the weights.

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from lclseg import evaluation, quality_gate, report, steps
 from lclseg.crf import dense_crf
-from lclseg.data import batches, own_data
+from lclseg.data import batches, grid, own_data
 from lclseg.pseudo_labels import PseudoLabels, load_pseudo_labels, make_pseudo_labels
 from lclseg.run import checkpoint, devices, multihost, tensorboard
 from lclseg.run.config_checks import ConfigError
@@ -256,7 +256,7 @@ def validate(run: Run, state: steps.TrainState) -> tuple[dict, dict[str, np.ndar
         number = int(entry.class_pixels[:, 1:].sum(axis=1).argmax())
         _, truth = run.prepared.read_slices([entry.slices[number]])
         found = prediction.probs[number].argmax(axis=-1)
-        picture = tensorboard.overlay(prediction.image[number], truth[0], found)
+        picture = tensorboard.overlay(grid.first_channel(prediction.image)[number], truth[0], found)
         pictures[prediction.volume_id] = picture
 
     summary = evaluate_state(

@@ -139,8 +139,10 @@ def read_pairs(
     image, label = prepared.read_slices(pairs.ravel())
     pseudo = is_pseudo.ravel()
     label[pseudo] = pseudo_labels.read(pairs.ravel()[pseudo])
-    shape = (*pairs.shape, *image.shape[1:])
-    return {"pair_image": image.reshape(shape), "pair_label": label.reshape(shape)}
+    return {
+        "pair_image": image.reshape(*pairs.shape, *image.shape[1:]),
+        "pair_label": label.reshape(*pairs.shape, *label.shape[1:]),
+    }
 
 
 def shard(batch: dict[str, np.ndarray], num_devices: int) -> dict[str, np.ndarray]:

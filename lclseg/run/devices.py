@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lclseg import steps
+from lclseg.data.grid import first_channel
 from lclseg.evaluation import Predict
 from lclseg.models import UNet
 from lclseg.run import multihost
@@ -87,7 +88,7 @@ def batched_predictor(
     refine: Callable | None = None,
     stop_asked: Callable[[], bool] = lambda: False,
 ) -> Predict:
-    """Maps any number of slices [M, H, W] to probabilities [M, H, W, C].
+    """Maps any number of slices [M, H, W] or [M, H, W, K] to probabilities [M, H, W, C].
 
     One compiled shape, of this process' devices; a part of it that M does not fill is padding.
 
@@ -95,7 +96,8 @@ def batched_predictor(
       compiled: see `compiled_predict`.
       state: whose averaged weights and statistics predict.
       batch_size: slices at once, over these devices; rounded up to a multiple of their number.
-      refine: maps (slices, probabilities) to the probabilities returned.
+      refine: maps (slices [M, H, W], of the first channel, probabilities) to the probabilities
+        returned.
       stop_asked: where it gives True, `Interrupted` is raised.
     """
     num_devices = jax.local_device_count()
@@ -106,14 +108,14 @@ def batched_predictor(
     def forward(images: np.ndarray) -> np.ndarray:
         shape = images.shape[1:]
         probs = compiled(replicated, images.reshape(num_devices, per_device, *shape))
-        return np.asarray(probs).reshape(*images.shape, -1)
+        return np.asarray(probs).reshape(*images.shape[:3], -1)
 
     def predict_chunk(images: np.ndarray) -> np.ndarray:
         padding = np.zeros((capacity - len(images), *images.shape[1:]), images.dtype)
         full = np.concatenate([images, padding])
         probs = forward(full)
         if refine is not None:
-            probs = np.asarray(refine(full, probs))
+            probs = np.asarray(refine(first_channel(full), probs))
         return probs[: len(images)]
 
     def predict(images: np.ndarray) -> np.ndarray:

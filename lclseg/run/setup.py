@@ -278,6 +278,7 @@ def initial_state(run: Run, number: int) -> steps.TrainState:
         run.model,
         run.optimizers["baseline"],
         image_size=run.config.data.image_size,
+        num_channels=run.prepared.preprocessing.num_channels,
     )
 
 
