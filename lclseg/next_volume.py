@@ -52,23 +52,25 @@ def describe(image: np.ndarray, probs: np.ndarray) -> np.ndarray:
     """Features of a volume: how large and how bright its classes are.
 
     Args:
-      image: [S, H, W].
+      image: [S, H, W], or of K channels [S, H, W, K].
       probs: class probabilities [S, H, W, C].
 
     Returns:
-      [F], F = 3 C - 1: log10 of (1 + pixels) of each foreground class, then mean and standard
-      deviation of the intensity in each class, weighted by its probability. A class that is
-      nowhere has those of the whole volume.
+      [F], F = C - 1 + 2 C K: log10 of (1 + pixels) of each foreground class, then, channel by
+      channel, mean and standard deviation of the intensity in each class, weighted by its
+      probability. A class that is nowhere has those of the whole volume.
     """
     weights = probs.reshape(-1, probs.shape[-1]).astype(np.float64)
-    values = image.reshape(-1, 1).astype(np.float64)
     counts = weights.sum(axis=0)
     present = counts > 1e-6
     share = weights / np.where(present, counts, 1.0)
-    mean = np.where(present, (share * values).sum(axis=0), values.mean())
-    spread = np.sqrt((share * np.square(values - mean)).sum(axis=0))
-    spread = np.where(present, spread, values.std())
-    return np.concatenate([np.log10(1 + counts[1:]), mean, spread])
+    features = [np.log10(1 + counts[1:])]
+    for channel in image.reshape(len(weights), -1).T.astype(np.float64):
+        values = channel[:, None]
+        mean = np.where(present, (share * values).sum(axis=0), values.mean())
+        spread = np.sqrt((share * np.square(values - mean)).sum(axis=0))
+        features += [mean, np.where(present, spread, values.std())]
+    return np.concatenate(features)
 
 
 def distances(pool: np.ndarray, labelled: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

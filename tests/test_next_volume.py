@@ -43,6 +43,9 @@ def test_features_by_hand():
     everywhere = image.mean(), image.std()
     wanted = [np.log10(3), 0.0, 0.5, 0.3, everywhere[0], 0.0, 0.1, everywhere[1]]
     np.testing.assert_allclose(next_volume.describe(image, probs), wanted, atol=1e-12)
+    # A second channel, twice as bright: twice the means and spreads, after those of the first.
+    both = next_volume.describe(np.stack([image, 2 * image], axis=-1), probs)
+    np.testing.assert_allclose(both, [*wanted, *(2 * np.array(wanted[2:]))], atol=1e-12)
 
 
 def test_distances_do_not_depend_on_units():

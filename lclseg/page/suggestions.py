@@ -64,6 +64,7 @@ def _suggested(
         image, _ = prepared.read_slices(prepared.volumes[s.volume_id].slices)
         probs = network(image)
         label = probs.argmax(axis=-1)
+        image = image if image.ndim == 3 else image[..., 0]
         doubt = (1 - probs.max(axis=-1)).sum(axis=(1, 2))
         shown = {
             int(np.count_nonzero(label, axis=(1, 2)).argmax()): "most foreground",
