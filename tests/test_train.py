@@ -19,7 +19,7 @@ from lclseg import report, train
 from lclseg.errors import ConfigError, NonFiniteLossError
 from lclseg.pseudo_labels import PseudoLabelError
 from lclseg.run import checkpoint, devices, setup
-from lclseg.run.predictions import predictor
+from lclseg.run.predictions import evaluate_state, predictor
 from lclseg.run.setup import initial_state, start_run
 from lclseg.run.stage_files import StageFiles
 from lclseg.run.start_from import take_over_baseline
@@ -105,8 +105,12 @@ def test_chosen_and_last_weights_are_tested(finished, data_dir):
             newest = checkpoint.latest_step(manager)
             state, _ = checkpoint.restore(manager, newest, initial_state(run, 0))
         assert newest == result["num_steps"]
-        found = setup.evaluate_state(
-            run, state, run.split.test, stoppable=False, with_distances=True
+        found = evaluate_state(
+            run,
+            devices.replicate(state),
+            run.split.test,
+            stoppable=False,
+            with_distances=True,
         )
         assert found == result["test_last"]
         best = max(result["validation"], key=lambda h: h["mean_dice"])
@@ -446,7 +450,7 @@ def test_gate_in_a_run(data_dir, tmp_path, monkeypatch):
 def test_predictions_pass_through_the_refinement(finished, data_dir, tmp_path):
     workdir, _ = finished
     run = start_run(tiny_config(data_dir), workdir)
-    state = initial_state(run, 0)
+    state = devices.replicate(initial_state(run, 0))
     images, _ = run.prepared.read_slices(range(5))  # less than a batch: padded and cut again
     plain = predictor(run, state)(images)
     seen = []

@@ -88,8 +88,12 @@ def replicate(tree: Any) -> Any:
 
 
 def unreplicate(tree: Any) -> Any:
-    """The first local device's copy."""
-    return jax.tree.map(lambda x: x[0], tree)
+    """The first local device's copy.
+
+    Not `x[0]`, which is an all-reduce over the devices for each leaf: many of them at once may each
+    hold a core, and wait for their other devices for ever.
+    """
+    return jax.tree.map(lambda x: x.addressable_data(0)[0], tree)
 
 
 def share(records: np.ndarray) -> np.ndarray:
