@@ -219,18 +219,27 @@ def test_killed_run_goes_on_to_the_same_end(
 def test_run_asked_to_stop_again_and_again_goes_on_to_the_same_end(finished, data_dir, tmp_path):
     """Between validations, at one, between stages, while pseudo-labels are predicted."""
     undisturbed, expected = finished
-    places = []
-    for calls in (3, 4, 6, 3):
+    log, places = tmp_path / "run" / "metrics.jsonl", []
+
+    def on_call(number):
         asked = itertools.count(1)
+        return lambda: next(asked) >= number
+
+    def in_round_1():
+        return '"round_1"' in log.read_text()
+
+    # Once after every step, and after every two, which are logged; then before every prediction.
+    for stop_asked in (on_call(4), on_call(5), in_round_1, on_call(3)):
         with pytest.raises(Interrupted) as stop:
-            train.train_and_evaluate(
-                tiny_config(data_dir),
-                tmp_path / "run",
-                lambda asked=asked, calls=calls: next(asked) >= calls,
-            )
+            train.train_and_evaluate(tiny_config(data_dir), tmp_path / "run", stop_asked)
         places.append(str(stop.value))
-    assert places[0] == "stopped in baseline after step 3 of 6"
-    assert any("predicting" in p for p in places) and any("round_" in p for p in places)
+    predicting = "stopped while predicting volumes, which starts anew"
+    assert places == [
+        "stopped in baseline after step 3 of 6",
+        predicting,
+        "stopped in round_1 after step 3 of 4",
+        predicting,
+    ]
     resumed = train.train_and_evaluate(tiny_config(data_dir), tmp_path / "run")
     assert without_times(resumed) == without_times(expected)
     assert_same_end(tmp_path / "run", undisturbed)
@@ -460,6 +469,6 @@ def test_predictions_pass_through_the_refinement(finished, data_dir, tmp_path):
         np.testing.assert_array_equal(slices[:5], images)
         return probs[..., ::-1]
 
-    both = predictor(run, state, swap_classes)(images)
+    both = predictor(run, state, refine=swap_classes)(images)
     np.testing.assert_array_equal(both, np.stack([plain, plain[..., ::-1]], axis=1))
     assert seen == [(16, 32, 32)]
