@@ -1,3 +1,5 @@
+import gc
+import itertools
 import os
 import runpy
 import tempfile
@@ -13,6 +15,24 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # A program that several tests compile is compiled once per session.
 _CACHE = tempfile.TemporaryDirectory(prefix="lclseg-test-cache-")
 jax.config.update("jax_compilation_cache_dir", _CACHE.name)
+
+
+# A compiled program takes some of the 65530 memory maps that Linux grants a process; without them
+# the next program ends it with a segmentation fault.
+MANY_MAPS = 30_000
+_tests = itertools.count(1)
+
+
+@pytest.fixture(autouse=True)
+def forget_programs():
+    """Drops compiled programs, where there are many: what is needed again comes from the cache."""
+    yield
+    maps = Path("/proc/self/maps")
+    if next(_tests) % 10 == 0 and maps.exists():
+        with maps.open("rb") as lines:
+            if sum(1 for _ in lines) > MANY_MAPS:
+                jax.clear_caches()
+                gc.collect()
 
 
 def pytest_addoption(parser):
