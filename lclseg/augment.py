@@ -5,6 +5,7 @@ the draw of a slice does not depend on how the batch is split over devices. Coor
 backwards: at each output pixel they name the (row, column), in pixels, to read in the input.
 """
 
+import functools
 import math
 
 import jax
@@ -34,7 +35,7 @@ def augment_slice(
 
     Args:
       key: a single random key.
-      image: [H, W] float.
+      image: [H, W] or [H, W, K] float.
       label: [H, W] integers, background 0.
       max_rotation_degrees: bound of the small rotation, either way.
       scale_range: (low, high) of the magnification; 1.05 enlarges by 5 %.
@@ -49,13 +50,13 @@ def augment_slice(
       background: label 0, and image 0 before the intensity jitter.
 
     Raises:
-      ValueError: image and label are not of one common shape [H, W].
+      ValueError: image and label have not the same [H, W].
       TypeError: the label is not an integer array.
     """
-    if image.ndim != 2 or image.shape != label.shape:
+    if label.ndim != 2 or image.ndim > 3 or image.shape[:2] != label.shape:
         raise ValueError(
-            f"image is {image.shape} and label {label.shape}, both must be the same [H, W]: "
-            "drop the channel axis and vmap over the batch"
+            f"image is {image.shape} and label {label.shape}, both must be the same [H, W], the "
+            "image may be [H, W, K]: vmap over the batch"
         )
     if not jnp.issubdtype(label.dtype, jnp.integer):
         raise TypeError(
@@ -69,7 +70,7 @@ def augment_slice(
         scale_range=scale_range,
     )
     displacement = elastic_displacement(
-        elastic_key, image.shape, sigma=elastic_sigma, probability=elastic_probability
+        elastic_key, label.shape, sigma=elastic_sigma, probability=elastic_probability
     )
     image, label = warp(image, label, warp_coordinates(matrix, displacement))
     image = jitter_intensity(
@@ -83,13 +84,13 @@ def augment_view(key, image, *, contrast_range=(0.7, 1.3), max_brightness=0.3, c
 
     Args:
       key: a single random key.
-      image: [H, W] float.
+      image: [H, W] or [H, W, K] float.
       contrast_range: (low, high) of the factor.
       max_brightness: bound of the offset, either way.
       clip: (low, high) of the result.
 
     Returns:
-      [H, W], dtype of `image`, within `clip`.
+      As `image`, within `clip`.
     """
     return jitter_intensity(
         key, image, contrast_range=contrast_range, max_brightness=max_brightness, clip=clip
@@ -231,40 +232,47 @@ def warp(image, label, coordinates):
     """Reads image (linear) and label (nearest) at `coordinates`; 0 outside the slice.
 
     Args:
-      image: [H, W] float.
+      image: [H, W] or [H, W, K] float.
       label: [H, W] integers.
       coordinates: [2, H', W'] (row, column), pixels.
 
     Returns:
-      (image, label), [H', W'] each, dtypes kept. Over the first pixel beyond an edge the
-      image fades linearly to 0; the label becomes 0 half a pixel beyond it.
+      (image, label), [H', W'] each, the image [H', W', K] where it was, dtypes kept. Over the first
+      pixel beyond an edge the image fades linearly to 0; the label becomes 0 half a pixel beyond
+      it.
     """
-    image = map_coordinates(image, coordinates, order=1, mode="constant", cval=0)
+    read = functools.partial(
+        map_coordinates, coordinates=coordinates, order=1, mode="constant", cval=0
+    )
+    image = read(image) if image.ndim == 2 else jax.vmap(read, in_axes=-1, out_axes=-1)(image)
     label = map_coordinates(label, coordinates, order=0, mode="constant", cval=0)
     return image, label
 
 
 def jitter_intensity(key, image, *, contrast_range, max_brightness, clip=None):
-    """Returns image * contrast + brightness, both uniform draws, one pair per slice.
+    """Returns image * contrast + brightness, both uniform draws, one pair per slice and channel.
 
     Args:
       key: a single random key.
-      image: [H, W] float.
+      image: [H, W] or [H, W, K] float.
       contrast_range: (low, high) of the factor.
       max_brightness: bound of the offset, either way.
       clip: None, or (low, high) of the result.
 
     Returns:
-      [H, W], dtype of `image`.
+      As `image`.
     """
     low, high = contrast_range
+    channels = (1,) * (image.ndim - 2)
     contrast, brightness = jax.random.uniform(
         key,
-        (2,),
+        (2, *image.shape[2:]),
         dtype=image.dtype,
-        minval=jnp.array([low, -max_brightness], image.dtype),
-        maxval=jnp.array([high, max_brightness], image.dtype),
+        minval=jnp.array([low, -max_brightness], image.dtype).reshape(2, *channels),
+        maxval=jnp.array([high, max_brightness], image.dtype).reshape(2, *channels),
     )
+    if image.ndim == 3:
+        contrast, brightness = contrast[None, None], brightness[None, None]
     image = image * contrast + brightness
     return image if clip is None else jnp.clip(image, *clip)
 
@@ -290,7 +298,7 @@ def strong_geometry(
 
     Args:
       key: a single random key.
-      image: [H, W] float.
+      image: [H, W] or [H, W, K] float.
       label: [H, W] integers, background 0.
       probability: chance that the slice is moved at all.
       max_rotation_degrees: bound, either way.
@@ -322,8 +330,8 @@ def strong_geometry(
         matrix = jnp.stack(  # written out, as in `warp_coordinates`
             [turned[i, 0] * matrix[0] + turned[i, 1] * matrix[1] for i in (0, 1)]
         )
-    sides = jnp.array(image.shape, jnp.float32)[:, None, None]
-    field = jnp.zeros((2, *image.shape))
+    sides = jnp.array(label.shape, jnp.float32)[:, None, None]
+    field = jnp.zeros((2, *label.shape))
     for node_key, nodes, sigma in zip(node_keys, (3, 7), (coarse_sigma, fine_sigma), strict=True):
         drawn = sigma * sides * jax.random.normal(node_key, (2, nodes, nodes))
         field += jax.image.resize(drawn, field.shape, method="cubic")
@@ -349,11 +357,11 @@ def strong_intensity(
     """Changes the intensities of a slice much further than `jitter_intensity` does.
 
     Gamma, a smooth bias field, contrast, brightness; blur, low resolution and noise each for half
-    of the slices. The label stays as it is.
+    of the slices. The label stays as it is. Each of several channels is changed by itself.
 
     Args:
       key: a single random key.
-      image: [H, W] float, tissue at 0 to 1.
+      image: [H, W] or [H, W, K] float, tissue at 0 to 1.
       max_log_gamma: bound of the logarithm of the exponent, either way; signs are kept.
       max_bias: bound of the bias field's nodes, 3 x 3; the image is multiplied by 1 + field.
       max_log_contrast: bound of the logarithm of the factor, either way.
@@ -363,8 +371,21 @@ def strong_intensity(
       max_noise: highest standard deviation of Gaussian noise.
 
     Returns:
-      [H, W], dtype of `image`.
+      As `image`.
     """
+    if image.ndim == 3:
+        of_channel = functools.partial(
+            strong_intensity,
+            max_log_gamma=max_log_gamma,
+            max_bias=max_bias,
+            max_log_contrast=max_log_contrast,
+            max_brightness=max_brightness,
+            blur_sigma_range=blur_sigma_range,
+            max_zoom=max_zoom,
+            max_noise=max_noise,
+        )
+        keys = jax.random.split(key, image.shape[2])
+        return jax.vmap(of_channel, in_axes=(0, -1), out_axes=-1)(keys, image)
     number_key, bias_key, noise_key, apply_key = jax.random.split(key, 4)
     gamma, contrast, brightness, sigma, zoom, noise = jax.random.uniform(
         number_key,

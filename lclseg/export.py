@@ -151,7 +151,9 @@ def _wanted_leaves(how: Preprocessing, architecture: dict) -> dict[str, jax.Shap
     if "embedding_dim" in architecture:
         head = functools.partial(ProjectionHead, architecture["embedding_dim"])
         unet = unet.clone(heads={"projection": head})
-    slices = jax.ShapeDtypeStruct((1, how.image_size, how.image_size), jnp.float32)
+    slices = jax.ShapeDtypeStruct(
+        (1, how.image_size, how.image_size, how.num_channels), jnp.float32
+    )
     init = functools.partial(unet.init, train=False)
     return flax.traverse_util.flatten_dict(jax.eval_shape(init, jax.random.key(0), slices), sep="/")
 

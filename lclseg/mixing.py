@@ -76,7 +76,12 @@ def cutmix_mask(
 
 
 def mix(mask: Array, first: Array, second: Array) -> Array:
-    """`first` where the mask is True, `second` elsewhere; all [..., H, W]."""
+    """`first` where the mask [..., H, W] is True, `second` elsewhere, images with channels too.
+
+    A scalar stands for an array of its value.
+    """
+    if max(jnp.ndim(first), jnp.ndim(second)) > jnp.ndim(mask):
+        mask = mask[..., None]
     return jnp.where(mask, first, second)
 
 

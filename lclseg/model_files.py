@@ -110,6 +110,7 @@ def load_run(workdir: Path, stage: str | None = None) -> TrainedModel:
         image_size=how.image_size,
         networks=method.networks,
         init_memory=method.init_memory,
+        num_channels=how.num_channels,
     )
     folder = workdir / "checkpoints" / stage
     try:

@@ -49,15 +49,16 @@ def draw_matrices(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
 
 
 def move_slices(slices: np.ndarray, matrix: np.ndarray) -> np.ndarray:
-    """Reads [S, H, W] slices at A (p - centre) + centre, linearly, 0 outside; same shape.
+    """Reads [S, H, W, ...] slices at A (p - centre) + centre, linearly, 0 outside; same shape.
 
     Moving by the inverse of `matrix` undoes it, but for what left the slice and what linear
     interpolation smooths.
     """
-    centre = (np.array(slices.shape[1:]) - 1) / 2
-    full = np.eye(3)
-    full[1:, 1:] = matrix
-    offset = np.array([0.0, *(centre - matrix @ centre)])
+    centre = (np.array(slices.shape[1:3]) - 1) / 2
+    full = np.eye(slices.ndim)
+    full[1:3, 1:3] = matrix
+    offset = np.zeros(slices.ndim)
+    offset[1:3] = centre - matrix @ centre
     return ndimage.affine_transform(slices, full, offset, order=1, mode="constant")
 
 
@@ -69,7 +70,7 @@ def agreement(
     Args:
       rng: draws the two augmentations, see `draw_matrices`.
       predict: slices [S, H, W] -> class probabilities [S, H, W, C].
-      image: [S, H, W].
+      image: [S, H, W] or [S, H, W, K].
 
     Returns:
       In 0..1. A class that neither prediction shows does not count; where that is all of them

@@ -160,7 +160,7 @@ def fit(
                 trained = run_steps(run, programs, replicated, slices, todo)
                 replicated = trained.state
                 scalars = check_finite(run, stage, trained, slices)
-                number = int(replicated.step[0]) - stage.first_step
+                number = int(devices.unreplicate(replicated.step)) - stage.first_step
             due = due_at(run, stage, number, run.stop_asked())
             files.advance(number, scalars["loss"])
             if due.log:

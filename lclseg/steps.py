@@ -80,6 +80,7 @@ def create_train_state(
     *,
     image_size: int,
     networks: int = 1,
+    num_channels: int = 1,
     init_memory: Callable[[Any], Any] = lambda params: (),
 ) -> TrainState:
     """A state at step 0; raises ValueError if the image size does not fit the model.
@@ -95,7 +96,7 @@ def create_train_state(
       networks: above 1, so many independent networks along a leading axis.
       init_memory: of the method.
     """
-    slices = jax.ShapeDtypeStruct((1, image_size, image_size), jnp.float32)
+    slices = jax.ShapeDtypeStruct((1, image_size, image_size, num_channels), jnp.float32)
     shapes = jax.eval_shape(functools.partial(model.init, train=False), key, slices)
     seed = jax.random.key_data(key).tolist()
 

@@ -288,6 +288,15 @@ def full(tmp_path_factory):
     return one_run.page(full_run(tmp_path_factory.mktemp("full") / "run"))
 
 
+def test_warnings_of_the_data_stand_at_the_top(tmp_path):
+    run = full_run(tmp_path / "run")
+    assert 'class="warning"' not in one_run.header(run, "")
+    proposal = "mine: 5 images\n  data.image_size = 32\n  WARNING: c<1>: empty\n  WARNING: odd\n"
+    (run.workdir / "proposal.txt").write_text(proposal)
+    found = one_run.header(run, "")
+    assert found.count('<p class="warning">') == 2 and ">c&lt;1&gt;: empty</p>" in found
+
+
 def test_summary_holds_the_numbers_of_the_results(full):
     rows = Page(full).table("stage")
     assert [row["stage"] for row in rows] == ["baseline", "round 1", "round 2"]

@@ -19,7 +19,7 @@ from lclseg import report, train
 from lclseg.errors import ConfigError, NonFiniteLossError
 from lclseg.pseudo_labels import PseudoLabelError
 from lclseg.run import checkpoint, devices, setup
-from lclseg.run.predictions import predictor
+from lclseg.run.predictions import evaluate_state, predictor
 from lclseg.run.setup import initial_state, start_run
 from lclseg.run.stage_files import StageFiles
 from lclseg.run.start_from import take_over_baseline
@@ -105,8 +105,12 @@ def test_chosen_and_last_weights_are_tested(finished, data_dir):
             newest = checkpoint.latest_step(manager)
             state, _ = checkpoint.restore(manager, newest, initial_state(run, 0))
         assert newest == result["num_steps"]
-        found = setup.evaluate_state(
-            run, state, run.split.test, stoppable=False, with_distances=True
+        found = evaluate_state(
+            run,
+            devices.replicate(state),
+            run.split.test,
+            stoppable=False,
+            with_distances=True,
         )
         assert found == result["test_last"]
         best = max(result["validation"], key=lambda h: h["mean_dice"])
@@ -215,18 +219,27 @@ def test_killed_run_goes_on_to_the_same_end(
 def test_run_asked_to_stop_again_and_again_goes_on_to_the_same_end(finished, data_dir, tmp_path):
     """Between validations, at one, between stages, while pseudo-labels are predicted."""
     undisturbed, expected = finished
-    places = []
-    for calls in (3, 4, 6, 3):
+    log, places = tmp_path / "run" / "metrics.jsonl", []
+
+    def on_call(number):
         asked = itertools.count(1)
+        return lambda: next(asked) >= number
+
+    def in_round_1():
+        return '"round_1"' in log.read_text()
+
+    # Once after every step, and after every two, which are logged; then before every prediction.
+    for stop_asked in (on_call(4), on_call(5), in_round_1, on_call(3)):
         with pytest.raises(Interrupted) as stop:
-            train.train_and_evaluate(
-                tiny_config(data_dir),
-                tmp_path / "run",
-                lambda asked=asked, calls=calls: next(asked) >= calls,
-            )
+            train.train_and_evaluate(tiny_config(data_dir), tmp_path / "run", stop_asked)
         places.append(str(stop.value))
-    assert places[0] == "stopped in baseline after step 3 of 6"
-    assert any("predicting" in p for p in places) and any("round_" in p for p in places)
+    predicting = "stopped while predicting volumes, which starts anew"
+    assert places == [
+        "stopped in baseline after step 3 of 6",
+        predicting,
+        "stopped in round_1 after step 3 of 4",
+        predicting,
+    ]
     resumed = train.train_and_evaluate(tiny_config(data_dir), tmp_path / "run")
     assert without_times(resumed) == without_times(expected)
     assert_same_end(tmp_path / "run", undisturbed)
@@ -446,7 +459,7 @@ def test_gate_in_a_run(data_dir, tmp_path, monkeypatch):
 def test_predictions_pass_through_the_refinement(finished, data_dir, tmp_path):
     workdir, _ = finished
     run = start_run(tiny_config(data_dir), workdir)
-    state = initial_state(run, 0)
+    state = devices.replicate(initial_state(run, 0))
     images, _ = run.prepared.read_slices(range(5))  # less than a batch: padded and cut again
     plain = predictor(run, state)(images)
     seen = []
@@ -456,6 +469,6 @@ def test_predictions_pass_through_the_refinement(finished, data_dir, tmp_path):
         np.testing.assert_array_equal(slices[:5], images)
         return probs[..., ::-1]
 
-    both = predictor(run, state, swap_classes)(images)
+    both = predictor(run, state, refine=swap_classes)(images)
     np.testing.assert_array_equal(both, np.stack([plain, plain[..., ::-1]], axis=1))
     assert seen == [(16, 32, 32)]

@@ -175,7 +175,7 @@ def msd_cases(folder: Path, *, task: str, way_out: str) -> list[Case]:
       way_out: ends the message where there is no such listing.
 
     Raises:
-      volumes.VolumeError: no dataset.json, or one unlike the Decathlon's or without a volume.
+      nifti.VolumeError: no dataset.json, or one unlike the Decathlon's or without a volume.
     """
     if not (folder / "dataset.json").is_file() and (folder / task).is_dir():
         folder = folder / task
@@ -203,7 +203,7 @@ def msd_cases(folder: Path, *, task: str, way_out: str) -> list[Case]:
 
 
 def load_nifti(case: Case, *, num_classes: int, channel: int | None = None) -> nifti.Volume:
-    """Reads a case whose image and label are NIfTI paths; raises `volumes.VolumeError`.
+    """Reads a case whose image and label are NIfTI paths; raises `nifti.VolumeError`.
 
     `channel` is the one to take from a 4-D image; None: the image is 3-D.
     """
@@ -272,7 +272,7 @@ def generate_examples(
       load: Case -> Volume; runs in several threads at once.
 
     Raises:
-      volumes.VolumeError: what `load` raised, a line for each problem of any case; or two cases of
+      nifti.VolumeError: what `load` raised, a line for each problem of any case; or two cases of
         one id.
     """
     ids = [case.volume_id for case in cases]

@@ -145,7 +145,7 @@ def open_prepared(
       options: what else the builder's `grid_config` takes, if it has one of its own.
 
     Raises:
-      volumes.VolumeError: no such builder; data folder missing or unlike the published one; a
+      nifti.VolumeError: no such builder; data folder missing or unlike the published one; a
         broken file; not prepared, without `prepare`.
     """
     builder = open_builder(

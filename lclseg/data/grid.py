@@ -17,6 +17,11 @@ PERCENTILES = (1, 99)  # of a volume's intensities, mapped to 0 and 1
 CLIP = (-1.0, 3.0)
 
 
+def first_channel(images: np.ndarray) -> np.ndarray:
+    """Slices [S, H, W] of [S, H, W] or [S, H, W, K]: what is shown, and what the CRF looks at."""
+    return images[..., 0] if images.ndim == 4 else images
+
+
 def intensity_range(image: np.ndarray) -> tuple[float, float]:
     """The intensities that become 0 and 1: the volume's 1st and 99th percentile.
 

@@ -43,11 +43,6 @@ def is_valid(letters: object) -> bool:
     return all(sum(letter in pair for letter in letters) == 1 for pair in LETTERS)
 
 
-def slice_axis_of(letters: str) -> int:
-    """The world axis along which volumes of an orientation are cut: see `BY_SLICE_AXIS`."""
-    return _world(letters[2])[0]
-
-
 def _world(letter: str) -> tuple[int, int]:
     """World axis and sign of a letter: R is (0, 1), L is (0, -1)."""
     axis = next(a for a, pair in enumerate(LETTERS) if letter in pair)

@@ -8,11 +8,12 @@ import collections
 import re
 from collections.abc import Sequence
 
-# What a name may end in after the patient: a word for the scan, with its number or without.
+# What a name may end in after the patient: a word for the scan, with its number or without. Long
+# words may stand apart from their number.
 NUMBERED = re.compile(
-    r"(frame|fr|time|timepoint|tp|t|scan|ses|session|visit|vis|v|run|acq|rec|rep|echo|phase|ph|"
-    r"week|wk|w|month|mo|m|year|yr|y|day|d|series|ser|part|study|exam|fu|followup|stack|vol)"
-    r"-?\d+[a-z]?",
+    r"(fr|tp|t|ses|vis|v|run|acq|rec|rep|ph|wk|w|mo|m|yr|y|d|ser|fu)\d+[a-z]?|"
+    r"(frame|time|timepoint|scan|ses|session|visit|run|acq|echo|phase|week|month|year|day|series|"
+    r"part|exam|followup|stack)[_\- ]?\d+[a-z]?",
     re.IGNORECASE,
 )
 WORDS = frozenset(
@@ -22,6 +23,7 @@ WORDS = frozenset(
     "inspiration expiration insp exp rest stress native contrast art ven arterial venous delayed "
     "late".split()
 )
+SEPARATOR = re.compile(r"(?<=[A-Za-z0-9])[_\-. ]+")
 BIDS = re.compile(r"(?P<patient>sub-[A-Za-z0-9]+)_.+")
 # A plain number at the end counts scans where few of them share the rest of a name, and cases of a
 # hospital, a scanner or a year where many do.
@@ -31,12 +33,16 @@ MAX_SCANS = 6
 def patients_of(case_ids: Sequence[str]) -> dict[str, str]:
     """The patient of each case, by case id; the case id itself where no other case is of theirs."""
     patient = {case: _without_scan(case) for case in case_ids}
-    plain = {case: _without_number(patient[case]) for case in case_ids}
-    shared = collections.Counter(plain.values())
-    if shared and max(shared.values()) <= MAX_SCANS and len(shared) > 1:
+    plain = {case: _without_scan(_without_number(name)) for case, name in patient.items()}
+    if max(collections.Counter(plain.values()).values(), default=0) <= MAX_SCANS:
         patient = plain
     scans = collections.Counter(patient.values())
-    return {case: p if scans[p] > 1 else case for case, p in patient.items()}
+    if len(scans) == 1:  # nothing is left that tells patients apart
+        return {case: case for case in case_ids}
+    return {
+        case: p if 1 < scans[p] and (scans[p] <= MAX_SCANS or _has_number(p)) else case
+        for case, p in patient.items()
+    }
 
 
 def _without_scan(case: str) -> str:
@@ -45,13 +51,18 @@ def _without_scan(case: str) -> str:
     if bids:
         return bids["patient"]
     while True:
-        match = re.fullmatch(r"(?P<rest>.*[A-Za-z0-9])[_\-. ]+(?P<last>[A-Za-z0-9\-]+?)", case)
+        match = next((m for m in SEPARATOR.finditer(case) if _is_scan(case[m.end() :])), None)
         if match is None:
             return case
-        last = match["last"]
-        if not (NUMBERED.fullmatch(last) or last.lower() in WORDS):
-            return case
-        case = match["rest"]
+        case = case[: match.start()]
+
+
+def _is_scan(end: str) -> bool:
+    return bool(NUMBERED.fullmatch(end)) or end.lower() in WORDS
+
+
+def _has_number(name: str) -> bool:
+    return any(c.isdigit() for c in name)
 
 
 def _without_number(case: str) -> str:

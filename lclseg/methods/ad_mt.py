@@ -81,7 +81,7 @@ def make(options: Any, base: Base) -> Method:
         def box(key):
             return cutmix_mask(
                 key,
-                weak.image.shape[1:],
+                weak.label.shape[1:],
                 probability=options.box_probability,
                 area_range=options.box_area,
                 aspect_range=options.box_aspect,

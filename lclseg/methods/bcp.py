@@ -66,7 +66,7 @@ def make(options: Any, base: Base) -> Method:
         number = max(sizes)
         # Partners by their share of the batch: the same on one device and on several.
         x, u = (jnp.arange(number) * size // number for size in sizes)
-        from_x = boxes(key, number, labeled.image.shape[1:], net.axis_name)
+        from_x = boxes(key, number, labeled.label.shape[1:], net.axis_name)
         is_first = (first_place(number, net.axis_name) + jnp.arange(number)) % 2 == 0
         from_x = jnp.where(is_first[:, None, None], from_x, ~from_x)
         image = mix(from_x, labeled.image[x], unlabeled.image[u])
@@ -85,7 +85,7 @@ def make(options: Any, base: Base) -> Method:
     def pretraining_terms(net, params, state, batch, key):
         labeled = batch["labeled"]
         axis_name = net.axis_name
-        mask = boxes(key, len(labeled.image), labeled.image.shape[1:], axis_name)
+        mask = boxes(key, len(labeled.image), labeled.label.shape[1:], axis_name)
         image, label = (
             mix(mask, own, next_slices(own, axis_name)) for own in (labeled.image, labeled.label)
         )

@@ -64,7 +64,7 @@ def make(options: Any, base: Base) -> Method:
         def one(key):
             return cutmix_mask(
                 key,
-                slices.shape[1:],
+                slices.shape[1:3],
                 probability=options.cutmix_probability,
                 area_range=options.cutmix_area_range,
                 aspect_range=options.cutmix_aspect_range,

@@ -4,6 +4,7 @@ import datetime
 import json
 from collections.abc import Iterator
 
+from lclseg.data.own_data import warnings_in
 from lclseg.page import tables
 from lclseg.page.charts import line_chart, strip_charts
 from lclseg.page.command import reproducing_command
@@ -36,6 +37,9 @@ def header(run: RecordedRun, heading: str) -> str:
             f"{run.config['rounds']['num_rounds']} rounds{text(''.join(last))}. The command that "
             "began it goes on from there.</p>"
         )
+    proposal = run.workdir / "proposal.txt"  # of own data; see `own_data.complete`
+    for warning in warnings_in(proposal.read_text()) if proposal.exists() else ():
+        lines.append(f'<p class="warning">{text(warning)}</p>')
     return "\n".join(["<header>", *lines, "</header>"])
 
 

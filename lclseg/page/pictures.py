@@ -49,6 +49,7 @@ def _predictions(run: RecordedRun, prepared: PreparedSet, volume_id: str) -> Ite
         yield note("The prepared set does not hold this volume any more.")
         return
     image, truth = prepared.read_slices(prepared.volumes[volume_id].slices)
+    image = grid.first_channel(image)
     stages = list(run.stages)
     labels, captions = [], []
     for stage in sorted({stages[0], run.chosen, stages[-1]}, key=stages.index):
@@ -116,6 +117,7 @@ def _rounds(
     """A volume's pseudo-labels round by round, with their Dice with those before."""
     entry = prepared.volumes[volume_id]
     image, truth = prepared.read_slices(entry.slices)
+    image = grid.first_channel(image)
     pairs = itertools.pairwise(labels.values())
     changed = sum(np.count_nonzero(label != before, axis=(1, 2)) for before, label in pairs)
     shown = int(changed.argmax())

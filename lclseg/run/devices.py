@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lclseg import steps
+from lclseg.data.grid import first_channel
 from lclseg.evaluation import Predict
 from lclseg.models import UNet
 from lclseg.run import multihost
@@ -87,8 +88,12 @@ def replicate(tree: Any) -> Any:
 
 
 def unreplicate(tree: Any) -> Any:
-    """The first local device's copy."""
-    return jax.tree.map(lambda x: x[0], tree)
+    """The first local device's copy.
+
+    Not `x[0]`, which is an all-reduce over the devices for each leaf: many of them at once may each
+    hold a core, and wait for their other devices for ever.
+    """
+    return jax.tree.map(lambda x: x.addressable_data(0)[0], tree)
 
 
 def share(records: np.ndarray) -> np.ndarray:
@@ -123,7 +128,9 @@ def batched_predictor(
     refine: Callable | None = None,
     stop_asked: Callable[[], bool] = lambda: False,
 ) -> Predict:
-    """Maps any number of slices [M, H, W] to probabilities [M, H, W, C], or [M, 2, H, W, C].
+    """Maps any number of slices [M, H, W] or [M, H, W, K] to probabilities [M, H, W, C].
+
+    With `refine` to [M, 2, H, W, C].
 
     One compiled shape, of this process' devices; a part of it that M does not fill is padding.
 
@@ -131,8 +138,9 @@ def batched_predictor(
       compiled: see `compiled_predict`.
       replicated: state whose averaged weights and statistics predict, a copy per device.
       batch_size: slices at once, over these devices; rounded up to a multiple of their number.
-      refine: maps (slices, probabilities) to better ones; where it is given, what is returned are
-        the network's probabilities and the refined ones, see `pseudo_labels.PredictRefined`.
+      refine: maps (slices [M, H, W], of the first channel, probabilities) to better ones; where
+        it is given, what is returned are the network's probabilities and the refined ones, see
+        `pseudo_labels.PredictRefined`.
       stop_asked: where it gives True, `Interrupted` is raised.
     """
     num_devices = jax.local_device_count()
@@ -142,14 +150,14 @@ def batched_predictor(
     def forward(images: np.ndarray) -> np.ndarray:
         shape = images.shape[1:]
         probs = compiled(replicated, images.reshape(num_devices, per_device, *shape))
-        return np.asarray(probs).reshape(*images.shape, -1)
+        return np.asarray(probs).reshape(*images.shape[:3], -1)
 
     def predict_chunk(images: np.ndarray) -> np.ndarray:
         padding = np.zeros((capacity - len(images), *images.shape[1:]), images.dtype)
         full = np.concatenate([images, padding])
         probs = forward(full)
         if refine is not None:
-            probs = np.stack([probs, refine(full, probs)], axis=1)
+            probs = np.stack([probs, refine(first_channel(full), probs)], axis=1)
         return probs[: len(images)]
 
     def predict(images: np.ndarray) -> np.ndarray:

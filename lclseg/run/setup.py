@@ -21,7 +21,7 @@ from lclseg.methods.base import base_of, method_of
 from lclseg.methods.contract import Method
 from lclseg.models import UNet
 from lclseg.random_keys import named_key
-from lclseg.run import devices, multihost, start_from
+from lclseg.run import devices, memory, multihost, start_from
 from lclseg.run.config_checks import (
     check_classes,
     check_config,
@@ -146,6 +146,7 @@ def start_run(
       ConfigError, SplitError, VolumeError: before any work is lost.
     """
     check_config(config, num_devices=jax.device_count())
+    memory.check_memory(config, memory.available_bytes())
     source = start_from.read_source(config)
     prepared, split = open_data(config)
     check_processes_agree(config, prepared)
@@ -219,4 +220,5 @@ def initial_state(run: Run, number: int) -> steps.TrainState:
         image_size=run.config.data.image_size,
         networks=run.method.networks,
         init_memory=run.method.init_memory,
+        num_channels=run.prepared.preprocessing.num_channels,
     )

@@ -38,7 +38,7 @@ def find_cases(folder: Path) -> list[slices.Case]:
 
 
 def load(case: slices.Case) -> nifti.Volume:
-    """Reads a case; raises `volumes.VolumeError`, too where a label shows no structure at all."""
+    """Reads a case; raises `nifti.VolumeError`, too where a label shows no structure at all."""
     image = nifti.read_image(Path(case.image))
     if case.label is None:
         return image
