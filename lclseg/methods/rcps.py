@@ -35,9 +35,21 @@ from lclseg.methods.contract import (
     segmentation_term,
     unlabeled_sampler,
 )
+from lclseg.rules import ABOVE_0, FACTORS, NOT_NEGATIVE, whole
 
 Array = jax.Array
 STREAMS = ("labeled", "unlabeled")
+RULES = {
+    "consistency_weight": NOT_NEGATIVE,
+    "contrastive_weight": NOT_NEGATIVE,
+    "temperature": ABOVE_0,
+    "num_negatives": whole(1),
+    "sharpening": ABOVE_0,
+    "embedding_dim": whole(1),
+    "contrast_range": FACTORS,
+    "max_brightness": NOT_NEGATIVE,
+    "max_noise": NOT_NEGATIVE,
+}
 MASKED = -1e9  # a similarity; finite, so that no gradient becomes NaN
 
 

@@ -20,6 +20,7 @@ or two, stay in place. Tiles need not be a multiple of the network's stride: sli
 
 import functools
 import itertools
+import math
 from typing import Any
 
 import flax.linen as nn
@@ -36,9 +37,18 @@ from lclseg.methods.contract import (
     unlabeled_sampler,
 )
 from lclseg.random_keys import named_key, slice_keys
+from lclseg.rules import ABOVE_0, NOT_NEGATIVE, whole
 
 Array = jax.Array
 TRUNK = "unet_trunk"
+RULES = {
+    "uncertainty_weight": NOT_NEGATIVE,
+    "permutation_weight": NOT_NEGATIVE,
+    "num_permutations": whole(2, math.factorial(9)),  # of 9 tiles
+    "num_encoders": whole(1),
+    "encoder_learning_rate": ABOVE_0,
+    "spread_penalty": NOT_NEGATIVE,
+}
 
 
 @functools.cache
