@@ -222,8 +222,8 @@ def test_agreement_with_the_previous_round(made, tmp_path):
 
     after = make(tmp_path, predict=moved, previous=made)
     # a, class one: 16, 16, 8 in common: 1/2; class two: 8, 8, none: 0; mean 1/4.
-    # b: empty twice: 1. c: class one 0 now, 32 before: 0; class two never there: not counted.
-    assert after.report["dice_with_previous_round"] == pytest.approx((1 / 4 + 1 + 0) / 3)
+    # b: empty twice: nothing to compare. c: class one 0 now, 32 before: 0; class two never there.
+    assert after.report["dice_with_previous_round"] == pytest.approx((1 / 4 + 0) / 2)
 
 
 def test_agreement_of_a_round_with_itself(made, tmp_path):
