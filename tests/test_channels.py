@@ -42,12 +42,12 @@ def run(tmp_path_factory):
     data = config.data
     data.update(manual_dir=str(place / "data"), data_dir=str(place / "sets"), num_labeled="1")
     data.labeled_batch_size = 4
-    data.pairs.update(labeled_self=1, pseudo_self=1, labeled_pseudo=1, pseudo_pseudo=1)
+    config.method.pairs.update(labeled_self=1, pseudo_self=1, labeled_pseudo=1, pseudo_pseudo=1)
     config.model.filters = (4, 8)
     config.crf.num_steps = 1
     config.optimizer.update(ema_decay=0.0, learning_rate=0.01)
     config.rounds.update(baseline_steps=20, steps_per_round=2, num_rounds=1, eval_every=2)
-    config.rounds.calibration_batches = 0
+    config.rounds.batch_norm_batches = 0
     train.train_and_evaluate(config, place / "run")
     return place / "data", place / "run"
 
@@ -114,6 +114,6 @@ def test_one_channel_is_what_it_was():
     unet = UNet(num_classes=3, filters=(4, 8))
     images = jnp.asarray(np.random.default_rng(0).random((2, 16, 16)), jnp.float32)
     variables = unet.init(jax.random.key(0), images, train=False)
-    logits, _ = unet.apply(variables, images, train=False)
-    same, _ = unet.apply(variables, images[..., None], train=False)
+    logits = unet.apply(variables, images, train=False)["segmentation"]
+    same = unet.apply(variables, images[..., None], train=False)["segmentation"]
     np.testing.assert_array_equal(logits, same)

@@ -170,11 +170,12 @@ def test_empty_test_masks_alone(folder):
         write(folder / "labels" / f"case{n}.nii.gz", label())
     write(folder / "images" / "case5.nii.gz", image())
     config = ConfigDict({"data": {**own_data.OPEN, "manual_dir": str(folder)}})
-    (tested,) = own_data.complete(config)[0].data.test
+    tested = own_data.complete(config)[0].data.test
     assert check_data.check_folder(folder).problems == ()
-    write(folder / "labels" / f"{tested}.nii.gz", np.zeros((6, 7, 4), np.uint8))
+    for case in tested:
+        write(folder / "labels" / f"{case}.nii.gz", np.zeros((6, 7, 4), np.uint8))
     (problem,) = check_data.check_folder(folder).problems
-    assert f"the masks of data.test ({tested}) show no class at all" in problem
+    assert f"the masks of data.test ({', '.join(tested)}) show no class at all" in problem
 
 
 def test_all_problems_at_once_and_exit_code(folder):

@@ -9,9 +9,12 @@ import jax.numpy as jnp
 import pytest
 
 from lclseg import steps
-from lclseg.models import UNet
-from lclseg.run import memory, setup
-from lclseg.run.config_checks import ConfigError
+from lclseg.errors import ConfigError
+from lclseg.methods import supervised
+from lclseg.methods.base import base_of
+from lclseg.models import Net, UNet
+from lclseg.run import memory
+from lclseg.run.programs import make_optimizer
 
 DEFAULT = Path(__file__).parents[1] / "configs" / "default.py"
 
@@ -26,22 +29,24 @@ def test_estimate_is_near_what_the_compiler_lays_out():
     config = config_of(image_size=32, labeled_batch_size=8, eval_batch_size=1)
     config.rounds.num_rounds = 0
     model = UNet(num_classes=3, filters=(16, 32, 64, 64))
-    optimizer = setup.make_optimizer(config.optimizer, 1)
+    optimizer = make_optimizer(config.optimizer, 1)
     state = steps.create_train_state(jax.random.key(0), model, optimizer, image_size=32)
+    method = supervised.make(None, base_of(config, 3))
     step = functools.partial(
         steps.train_step,
-        model=model,
+        net=Net(model),
+        terms=method.terms,
+        views=method.views,
         optimizer=optimizer,
         ema_decay=0.0,
-        loss_options=steps.LossOptions(**config.loss),
-        augment_options=steps.AugmentOptions(**config.augment),
-        axis_name=None,
     )
-    batch = {
-        "image": jax.ShapeDtypeStruct((8, 32, 32), jnp.float32),
-        "label": jax.ShapeDtypeStruct((8, 32, 32), jnp.uint8),
-    }
-    compiled = jax.jit(step).lower(state, batch, jax.random.key(0)).compile()
+    store = steps.Store(
+        jax.ShapeDtypeStruct((8, 32, 32), jnp.float32),
+        jax.ShapeDtypeStruct((8, 32, 32), jnp.uint8),
+        jax.ShapeDtypeStruct((8,), bool),
+    )
+    rows = {"labeled": jax.ShapeDtypeStruct((8,), jnp.int32)}
+    compiled = jax.jit(step).lower(state, store, rows, jax.random.key(0)).compile()
     parameters = 3 * sum(leaf.nbytes for leaf in jax.tree.leaves(state.params))
     laid_out = compiled.memory_analysis().temp_size_in_bytes
     assert 0.4 * laid_out < memory.step_bytes(config) + parameters < 2.5 * laid_out

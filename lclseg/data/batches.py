@@ -45,8 +45,8 @@ def ground_truth_pool(prepared: PreparedSet, volume_ids) -> Pool:
 def select_slices(pool: Pool, *, min_classes: int, at_least: int, role: str) -> np.ndarray:
     """Records of the slices that show at least `min_classes` classes, background included.
 
-    Where fewer than `at_least` do, the demand is relaxed class by class, and this is logged: a
-    small pool never starves the training silently.
+    Where fewer than `at_least` do, the demand is relaxed class by class, down to none, and this is
+    logged: a small pool never starves the training silently.
 
     Raises:
       ValueError: the pool holds fewer than `at_least` slices.
@@ -54,7 +54,7 @@ def select_slices(pool: Pool, *, min_classes: int, at_least: int, role: str) -> 
     if len(pool.records) < at_least:
         raise ValueError(f"{role}: {len(pool.records)} slices; wanted at least {at_least}")
     num_present = (pool.class_pixels > 0).sum(axis=1)
-    for wanted in range(min_classes, 0, -1):
+    for wanted in range(min_classes, -1, -1):
         found = pool.records[num_present >= wanted]
         if len(found) >= at_least:
             break
