@@ -24,7 +24,7 @@ from lclseg.data.batches import Pool, sampler
 from lclseg.losses import IGNORE
 from lclseg.methods import base as bases
 from lclseg.models import Net, UNet
-from lclseg.run import checkpoint, setup
+from lclseg.run import checkpoint, devices, setup
 from lclseg.run.stopping import Interrupted
 from tfds_builders.phantom import phantom_dataset_builder as phantom
 
@@ -306,6 +306,28 @@ def test_a_batch_is_learnt(name, kind):
 
 # Whole runs, tiny.
 
+PROGRAMS: dict = {}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _compiled_once():
+    """All runs of a method share their programs: they differ in nothing that is compiled."""
+    compile_programs, compiled_predict = setup.compile_programs, devices.compiled_predict
+
+    def shared_programs(config, model, terms, views, method, num_steps):
+        name = (config.method.name, terms is method.terms)
+        if name not in PROGRAMS:
+            PROGRAMS[name] = compile_programs(config, model, terms, views, method, num_steps)
+        return PROGRAMS[name]
+
+    shared_predict = functools.cache(lambda filters: compiled_predict(UNet(4, filters)))
+    with (
+        mock.patch.object(setup, "compile_programs", shared_programs),
+        mock.patch.object(devices, "compiled_predict", lambda m: shared_predict(tuple(m.filters))),
+    ):
+        yield
+    PROGRAMS.clear()
+
 
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory):
@@ -368,6 +390,8 @@ def finished(data_dir, tmp_path_factory):
         if name not in done:
             traces = collections.Counter()
             train_step = steps.train_step
+            for kind in (True, False):  # so that its programs are traced here
+                PROGRAMS.pop((name, kind), None)
 
             @functools.wraps(train_step)
             def counted(*arguments, **options):
@@ -457,7 +481,7 @@ class Poisoned:
 @pytest.mark.parametrize("name", METHODS)
 def test_hidden_truth_of_unlabelled_slices_changes_nothing(name, finished, data_dir, tmp_path):
     """It is 254 everywhere, also in the index: the same weights to the bit."""
-    opened, sources = setup.open_data, []
+    undisturbed, opened, sources = finished(name), setup.open_data, []
 
     def open_data(config):
         prepared, split = opened(config)
@@ -471,7 +495,7 @@ def test_hidden_truth_of_unlabelled_slices_changes_nothing(name, finished, data_
     with mock.patch.object(setup, "open_data", open_data):
         train.train_and_evaluate(run_config(data_dir, name), tmp_path / "run")
     assert sources[0].num_poisoned > 0 or make(name)[0].sampler is None
-    assert_same_end(end_of(tmp_path / "run"), finished(name).end)
+    assert_same_end(end_of(tmp_path / "run"), undisturbed.end)
 
 
 # Pseudo-labels that are made anew within a round.
