@@ -288,7 +288,13 @@ class UNet(nn.Module):
     def head(self, levels: Sequence[Array], name: str, *, train: bool) -> Array:
         """Output of a head, "segmentation" or one of `heads`: logits [B, H, W, C] float32."""
         module = getattr(self, f"{name}_head")
-        return module(levels[getattr(module, "level", 0)], train=train)
+        level = getattr(module, "level", 0)
+        if level >= len(levels):
+            raise ValueError(
+                f"model.filters has {len(levels)} levels; the {name} head of this method reads level "
+                f"{level}, counted from 0: wanted {level + 1} filters at least"
+            )
+        return module(levels[level], train=train)
 
     def __call__(self, images: Array, *, train: bool) -> dict[str, Array]:
         """[B, H, W] -> the output of every head by name."""

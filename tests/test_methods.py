@@ -31,6 +31,10 @@ from tfds_builders.phantom import phantom_dataset_builder as phantom
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
 METHODS = sorted(path.stem for path in (CONFIGS / "methods").glob("*.py"))
+# Whole runs take a method half a minute. These differ in what a run does with them: rounds with
+# pseudo-labels, a first stage of its own, two networks; --slow runs all.
+VARIED = ("local_contrastive", "bcp", "cps")
+RUNS = [pytest.param(name, marks=() if name in VARIED else pytest.mark.slow) for name in METHODS]
 AXIS = "devices"
 SIZE, NUM_CLASSES = 16, 3
 KEY = jax.random.key(11)
@@ -66,7 +70,7 @@ def _cheap():
 
 def small(config):
     """Sizes of a config that four devices share."""
-    config.model.filters = (4, 8)
+    config.model.filters = (4, 4, 8)
     config.model.embedding_dim = 4
     config.data.labeled_batch_size = config.data.unlabeled_batch_size = 4
     if "pairs" in config.method:
@@ -105,7 +109,11 @@ class Kind:
 
     def step(self, optimizer, axis_name=None, dtype=jnp.float32):
         model = UNet(
-            NUM_CLASSES, filters=(4, 8), heads=self.method.heads, dtype=dtype, axis_name=axis_name
+            NUM_CLASSES,
+            filters=(4, 4, 8),
+            heads=self.method.heads,
+            dtype=dtype,
+            axis_name=axis_name,
         )
         return functools.partial(
             steps.train_step,
@@ -121,7 +129,7 @@ class Kind:
         """At step 5 of a stage of 10: a ramp-up has begun."""
         state = steps.create_train_state(
             jax.random.key(0),
-            UNet(NUM_CLASSES, filters=(4, 8), heads=self.method.heads),
+            UNet(NUM_CLASSES, filters=(4, 4, 8), heads=self.method.heads),
             optimizer,
             image_size=SIZE,
             networks=self.method.networks,
@@ -271,7 +279,7 @@ def test_value_and_gradient_are_finite_where_classes_are_absent(name, kind, case
 @functools.cache
 def supervised_loss():
     """Of labelled slices, by the first network and the statistics of these slices."""
-    net = Net(UNet(NUM_CLASSES, filters=(4, 8)))
+    net = Net(UNet(NUM_CLASSES, filters=(4, 4, 8)))
     base = make("supervised")[1]
     parts = ("unet_trunk", "segmentation_head")
 
@@ -407,7 +415,7 @@ def finished(data_dir, tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", RUNS)
 def test_a_run_traces_each_kind_of_step_once(name, finished):
     """Whatever the number of stages, rounds and new pseudo-labels."""
     run, method = finished(name), make(name)[0]
@@ -422,7 +430,7 @@ def test_a_run_traces_each_kind_of_step_once(name, finished):
     assert list(run.traces.values()) == [1] * min(len(stages), 2)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", RUNS)
 def test_a_run_that_is_stopped_goes_on_to_the_same_bits(name, finished, data_dir, tmp_path):
     """In the middle of its last stage, between two validations."""
     undisturbed = finished(name)
@@ -442,7 +450,7 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_bits(name, finished, data_dir
     assert_same_end(end_of(tmp_path / "run"), undisturbed.end)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", RUNS)
 def test_the_model_that_is_handed_out_predicts_as_its_test_did(name, finished, data_dir):
     """Trunk and segmentation head of the first network alone."""
     run = finished(name)
@@ -478,7 +486,7 @@ class Poisoned:
         return found
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", RUNS)
 def test_hidden_truth_of_unlabelled_slices_changes_nothing(name, finished, data_dir, tmp_path):
     """It is 254 everywhere, also in the index: the same weights to the bit."""
     undisturbed, opened, sources = finished(name), setup.open_data, []
