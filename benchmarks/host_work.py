@@ -1,7 +1,7 @@
 """What the host does for a training step, the device's work taken out; and its memory.
 
 Of a joint step of 20 labelled slices + 10 pairs: drawing record numbers and their rows of the store
-(`DeviceSlices.rows`), and the dispatch of a program with the step's arguments that computes nothing,
+(`DeviceSlices.rows`), and dispatching a program with the step's arguments that computes nothing,
 for the steps between two log lines through `stage.run_steps` itself. Dispatches and waits for the
 device are counted there. Memory is that of a fresh process that holds all slices (Linux).
 """
