@@ -1,9 +1,10 @@
 """The joint step on paper: operations, bytes, and the time they take at least on an accelerator.
 
 Counted in the program that JAX traces, 20 labelled slices + 10 pairs: every convolution, matrix
-product, reduction and gather reads its operands and writes its result once; what is elementwise is
-fused into these and free. An operation takes as long as its arithmetic at the chip's peak or its
-bytes at the memory's, whichever is longer; the floor is the sum.
+product and reduction reads its operands and writes its result once, a gather reads no more than it
+gives; what is elementwise is fused into these and free. An operation takes as long as its
+arithmetic at the chip's peak or its bytes at the memory's, whichever is longer; the floor is the
+sum.
 
   python -m benchmarks.floor [--sizes 192 96 64] [--json FILE]
 """
@@ -15,6 +16,8 @@ import sys
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from ml_collections import ConfigDict
+
 from benchmarks import harness
 
 
@@ -23,21 +26,32 @@ class Chip(NamedTuple):
 
     Attributes:
       flops: multiplications and additions per second, dense, bfloat16.
+      flops_float32: of float32 convolutions and products as JAX does them by default: TF32 on an
+        NVIDIA GPU, bfloat16 on a TPU.
       bytes: of memory, per second.
       link: bytes per second to its neighbours.
       latency: seconds of a small all-reduce, assumed.
     """
 
     flops: float
+    flops_float32: float
     bytes: float
     link: float
     latency: float
 
 
-CHIPS = {
-    "H100 SXM": Chip(flops=989e12, bytes=3.35e12, link=450e9, latency=10e-6),
-    "TPU v4": Chip(flops=275e12, bytes=1.2e12, link=270e9, latency=10e-6),
+H100 = Chip(flops=989e12, flops_float32=494e12, bytes=3.35e12, link=450e9, latency=10e-6)
+TPU_V4 = Chip(flops=275e12, flops_float32=275e12, bytes=1.2e12, link=270e9, latency=10e-6)
+CHIPS = {"H100 SXM": H100, "TPU v4": TPU_V4}
+# By `device_kind`, as far as the name tells the chip.
+KINDS = {
+    "NVIDIA H100 80GB HBM3": H100,
+    "NVIDIA H200": H100._replace(bytes=4.8e12),
+    "NVIDIA A100-SXM4-80GB": Chip(312e12, 156e12, 2.039e12, 300e9, 10e-6),
+    "TPU v4": TPU_V4,
 }
+NUM_STORED = 1000  # slices on the device; the count does not depend on them
+NUM_CLASSES = 4
 DEVICES = (8, 64, 512)
 COUNTED = ("reduce_sum", "reduce_max", "gather", "scatter-add", "scatter_add", "argmax")
 
@@ -49,51 +63,70 @@ class Operation(NamedTuple):
     bytes: float
 
 
-def joint_step(size: int, axis: tuple[tuple[str, int], ...] = ()):
-    """The traced program of a joint step of the paper's batch, bfloat16 compute."""
-    import jax
-    import jax.numpy as jnp
+def paper_config() -> ConfigDict:
+    """configs/default.py: the paper's model, method and batch."""
+    return runpy.run_path(str(harness.ROOT / "configs" / "default.py"))["get_config"]()
+
+
+def parts_of_step(config: ConfigDict, axis_name: str | None = None):
+    """The joint step of a config with 4 classes, and a function key -> its first state."""
     import optax
 
     from lclseg import steps
-    from lclseg.models import UNet
+    from lclseg.methods.base import method_of
+    from lclseg.models import Net, UNet
 
-    config = runpy.run_path(str(harness.ROOT / "configs" / "default.py"))["get_config"]()
-    axis_name = axis[0][0] if axis else None
+    method = method_of(config, NUM_CLASSES)
     model = UNet(
-        num_classes=4,
+        num_classes=NUM_CLASSES,
         filters=tuple(config.model.filters),
-        embedding_dim=config.model.embedding_dim,
-        dtype="bfloat16",
+        heads=method.heads,
+        dtype=config.model.dtype,
         axis_name=axis_name,
     )
     optimizer = optax.adam(config.optimizer.learning_rate)
-    key = jax.random.key(0)
     create = functools.partial(
-        steps.create_train_state, model=model.clone(axis_name=None), optimizer=optimizer
+        steps.create_train_state,
+        model=model.clone(axis_name=None),
+        optimizer=optimizer,
+        image_size=config.data.image_size,
     )
-    state = create(key, image_size=size)
-    num_labeled, num_pairs = config.data.labeled_batch_size, sum(config.data.pairs.values())
-
-    def array(shape, dtype):
-        return jax.ShapeDtypeStruct((*shape, size, size), dtype)
-
-    batch = {
-        "image": array((num_labeled,), jnp.float32),
-        "label": array((num_labeled,), jnp.int32),
-        "pair_image": array((num_pairs, 2), jnp.float32),
-        "pair_label": array((num_pairs, 2), jnp.int32),
-    }
     step = functools.partial(
         steps.train_step,
-        model=model,
+        net=Net(model),
+        terms=method.terms,
+        views=method.views,
         optimizer=optimizer,
-        loss_options=steps.LossOptions(**config.loss),
-        augment_options=steps.AugmentOptions(**config.augment),
         ema_decay=config.optimizer.ema_decay,
-        axis_name=axis_name,
     )
-    return jax.make_jaxpr(step, axis_env=list(axis))(state, batch, key)
+    return step, create
+
+
+def joint_step(config: ConfigDict, axis: tuple[tuple[str, int], ...] = ()):
+    """The traced program of a joint step of a config."""
+    import jax
+    import jax.numpy as jnp
+
+    from lclseg.steps import Store
+
+    step, create = parts_of_step(config, axis[0][0] if axis else None)
+    key, size = jax.random.key(0), config.data.image_size
+    array = jax.ShapeDtypeStruct
+    store = Store(
+        image=array((NUM_STORED, size, size), jnp.float32),
+        label=array((NUM_STORED, size, size), jnp.uint8),
+        is_labeled=array((NUM_STORED,), jnp.bool_),
+    )
+    rows = {
+        "labeled": array((config.data.labeled_batch_size,), jnp.int32),
+        "pairs": array((2 * sum(config.method.pairs.values()),), jnp.int32),
+    }
+    return jax.make_jaxpr(step, axis_env=list(axis))(create(key), store, rows, key)
+
+
+def operations(config: ConfigDict) -> list[Operation]:
+    """What a joint step of a config does."""
+    return [o for e in equations(joint_step(config).jaxpr) if (o := operation(e))]
 
 
 def equations(jaxpr) -> Iterator:
@@ -137,12 +170,17 @@ def operation(equation) -> Operation | None:
         flops = 0.0
     else:
         return None
-    return Operation(flops, sum(map(size_in_bytes, (*equation.invars, *equation.outvars))))
+    read = list(map(size_in_bytes, equation.invars))
+    written = size_in_bytes(equation.outvars[0])
+    if name == "gather":
+        read[0] = min(read[0], written)  # of a large operand, such as all slices, what is taken
+    return Operation(flops, sum(read) + written)
 
 
-def floor(operations: list[Operation], chip: Chip) -> float:
+def floor(operations: list[Operation], chip: Chip, dtype: str = "bfloat16") -> float:
     """Seconds that the operations take at least, one after the other."""
-    return sum(max(o.flops / chip.flops, o.bytes / chip.bytes) for o in operations)
+    flops = chip.flops if dtype == "bfloat16" else chip.flops_float32
+    return sum(max(o.flops / flops, o.bytes / chip.bytes) for o in operations)
 
 
 def main() -> None:
@@ -150,12 +188,15 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=[192, 96, 64], help="px")
     args = parser.parse_args()
     rows = []
+    config = paper_config()
+    config.model.dtype = "bfloat16"
     for size in args.sizes:
-        found = [o for e in equations(joint_step(size).jaxpr) if (o := operation(e))]
+        config.data.image_size = size
+        found = operations(config)
         flops, moved = sum(o.flops for o in found), sum(o.bytes for o in found)
         sums = [
             v
-            for e in equations(joint_step(size, (("devices", 8),)).jaxpr)
+            for e in equations(joint_step(config, (("devices", 8),)).jaxpr)
             if e.primitive.name.startswith("psum")
             for v in e.invars
         ]

@@ -1,6 +1,6 @@
 """A real run of lclseg on synthetic volumes, stopped where training would begin.
 
-Everything is what `python -m lclseg.main` would use: config, prepared set, compiled steps, batches.
+Everything is what `python -m lclseg.main` would use: config, prepared set, compiled steps, slices.
 The pseudo-labels are the ground truth, written as a round's would be.
 """
 
@@ -11,6 +11,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from benchmarks.harness import ROOT
+from lclseg.pseudo_labels import PseudoLabels
+from lclseg.run.setup import Run, start_run
+from lclseg.run.store import DeviceSlices
+from lclseg.stage import slices_of
 
 FIELD_MM = 128  # of the grid, in-plane
 
@@ -40,16 +44,13 @@ def set_num_volumes(num_volumes: int) -> None:
     builder.find_cases = lambda: cases
 
 
-def start(config: ConfigDict, workdir: Path, *, num_volumes: int):
-    """(run, make_batch): `start_run`, and a function step -> sharded joint batch."""
-    from lclseg import train
-    from lclseg.pseudo_labels import PseudoLabels
-    from lclseg.run.setup import start_run
-
+def start(config: ConfigDict, workdir: Path, *, num_volumes: int) -> tuple[Run, DeviceSlices]:
+    """A run, and the slices that its joint stage draws; `DeviceSlices.load` them before a step."""
     set_num_volumes(num_volumes)
     run = start_run(config, workdir)
     entries = [run.prepared.volumes[v] for v in run.split.unlabeled]
-    records = np.concatenate([np.arange(e.slices.start, e.slices.stop) for e in entries])
+    entries.sort(key=lambda e: e.first_slice)  # records ascending, as a round's are
+    records = np.concatenate([np.asarray(e.slices) for e in entries])
     shape = (len(records), config.data.image_size, config.data.image_size)
     path = workdir / "labels.npy"
     if not path.exists():
@@ -66,5 +67,4 @@ def start(config: ConfigDict, workdir: Path, *, num_volumes: int):
         class_pixels=np.concatenate([e.class_pixels for e in entries]),
         report={},
     )
-    draw = train.batch_drawer(run, pseudo_labels)
-    return run, lambda step: train.read_batch(run, pseudo_labels, draw(step))
+    return run, slices_of(run, "joint", pseudo_labels)

@@ -222,7 +222,7 @@ def draw_warp(num_slices: int, size: int):
     flip = torch.where((kind == 2) & (torch.rand(num_slices) < 0.5), -1.0, 1.0)
     cos, sin = angle.cos() * scale, angle.sin() * scale
     matrix = torch.stack([cos, sin, -sin * flip, cos * flip], dim=-1).reshape(-1, 2, 2)
-    nodes = 5.0 * torch.randn(num_slices, 2, 3, 3)
+    nodes = 0.026 * size * torch.randn(num_slices, 2, 3, 3)
     field = F.interpolate(nodes, size=(size, size), mode="bicubic")
     return matrix, field * (torch.rand(num_slices, 1, 1, 1) < 0.5)
 

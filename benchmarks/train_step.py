@@ -5,10 +5,10 @@ lclseg's is the compiled step of a real run (phantoms, one CPU device per thread
 and gradients are compared, augmentation off and every pixel an anchor.
 
 Shares are of lclseg's step. Augmentation and contrastive loss are timed as programs of their own,
-the rest (forward and backward pass, Adam) is the difference. Host work, reading the batch, runs in
-a thread beside the step. `peak`: the step's convolutions, three times the forward pass, against the
-faster peer's float32 matrix product. lclseg's upsampling convolutions are counted as computed: at
-low resolution, a quarter of the multiplications that PyTorch does.
+the rest (forward and backward pass, Adam) is the difference. Host work is drawing the batch's
+record numbers; the step gathers their slices. `peak`: the step's convolutions, three times the
+forward pass, against the faster peer's float32 matrix product. lclseg's upsampling convolutions are
+counted as computed: at low resolution, a quarter of the multiplications that PyTorch does.
 """
 
 import copy
@@ -17,7 +17,6 @@ import os
 import sys
 import tempfile
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 
@@ -51,6 +50,9 @@ def serve_ours(folder: Path, size: int, threads: int, process: tuple[int, int, i
     import optax
 
     from lclseg import augment, steps
+    from lclseg.methods.base import method_of
+    from lclseg.models import Net
+    from lclseg.random_keys import named_key
     from lclseg.run import devices
     from lclseg.run.setup import initial_state, set_up_process
 
@@ -64,19 +66,32 @@ def serve_ours(folder: Path, size: int, threads: int, process: tuple[int, int, i
     set_up_process(config)
     workdir = folder / f"run_{size}_{threads}_{process}"
     with harness.stdout_to_stderr():
-        run, make_batch = phantom_run.start(config, workdir, num_volumes=NUM_VOLUMES)
-    batch = make_batch(0)
+        run, slices = phantom_run.start(config, workdir, num_volumes=NUM_VOLUMES)
+        store, rows = slices.batch(0)
     state = initial_state(run, 0)
     current = {"state": devices.replicate(state)}
-    augment_options = steps.AugmentOptions(**config.augment)
+    key = named_key(run.key, "steps")
+
+    def batch() -> dict[str, np.ndarray]:
+        """The batch as PyTorch's step takes it, before augmentation."""
+        own = devices.unreplicate(store)
+        groups = steps.gather(own, {group: r.reshape(-1) for group, r in rows.items()})
+        labeled, pairs = groups["labeled"], groups["pairs"]
+        found = {"image": labeled.image, "label": labeled.label}
+        found |= {f"pair_{k}": getattr(pairs, k) for k in ("image", "label")}
+        found = {k: np.asarray(v) for k, v in found.items()}
+        return {
+            k: v.reshape(-1, 2, size, size) if k.startswith("pair_") else v
+            for k, v in found.items()
+        }
 
     def step(num_steps: int) -> float:
         """Seconds of one of `num_steps` steps."""
 
         def work():
             for _ in range(num_steps):
-                current["state"], current["metrics"] = run.train_steps["joint"](
-                    current["state"], batch, run.key
+                current["state"], current["metrics"] = run.programs["joint"].train(
+                    current["state"], store, rows, key
                 )
             jax.block_until_ready((current["state"], current["metrics"]))
 
@@ -92,26 +107,24 @@ def serve_ours(folder: Path, size: int, threads: int, process: tuple[int, int, i
 
     def save() -> int:
         """Writes batch, weights and what PyTorch must reproduce; returns the number of classes."""
-        np.savez(folder / "batch.npz", **{k: v.reshape(-1, *v.shape[2:]) for k, v in batch.items()})
+        arrays = batch()
+        np.savez(folder / "batch.npz", **arrays)
         params = flax.traverse_util.flatten_dict(state.params, sep="/")
         np.savez(folder / "weights.npz", **params)
 
         optimizer = optax.sgd(GRADIENT_SCALE)
-        options = steps.LossOptions(**config.loss)._replace(pixels_per_class=0)
+        every_pixel = config.copy_and_resolve_references()
+        every_pixel.method.pixels_per_class = 0
         plain = functools.partial(
             steps.train_step,
-            model=run.model,
+            net=Net(run.model),
+            terms=method_of(every_pixel, run.model.num_classes).terms,
+            views={},  # the terms get the groups as they are
             optimizer=optimizer,
-            loss_options=options,
-            augment_options=augment_options,
             ema_decay=0.0,
-            axis_name=devices.AXIS,
         )
-        with mock.patch.object(steps, "augment_batch", lambda key, batch, options, axis: batch):
-            start = devices.replicate(state.replace(opt_state=optimizer.init(state.params)))
-            after, metrics = jax.pmap(plain, axis_name=devices.AXIS, in_axes=(0, 0, None))(
-                start, batch, run.key
-            )
+        start = devices.replicate(state.replace(opt_state=optimizer.init(state.params)))
+        after, metrics = devices.over_devices(plain, donate_state=False)(start, store, rows, key)
         after = flax.traverse_util.flatten_dict(after.params, sep="/")
         gradient = {k: (params[k] - np.asarray(after[k])[0]) / GRADIENT_SCALE for k in params}
         np.savez(folder / "gradient.npz", **gradient)
@@ -120,7 +133,7 @@ def serve_ours(folder: Path, size: int, threads: int, process: tuple[int, int, i
 
         def moved(key, image, label):
             one, two = jax.random.split(key)
-            o = augment_options
+            o = config.augment
             matrix = augment.affine_matrix(
                 one, max_rotation_degrees=o.max_rotation_degrees, scale_range=o.scale_range
             )
@@ -130,7 +143,7 @@ def serve_ours(folder: Path, size: int, threads: int, process: tuple[int, int, i
             coordinates = augment.warp_coordinates(matrix, displacement)
             return matrix, displacement, *augment.warp(image, label, coordinates)
 
-        image, label = (batch[k].reshape(-1, size, size) for k in ("image", "label"))
+        image, label = arrays["image"], arrays["label"]
         keys = jax.random.split(jax.random.key(1), len(image))
         result = jax.jit(jax.vmap(moved))(keys, image, label)
         names = ("matrix", "displacement", "image", "label")
@@ -139,25 +152,26 @@ def serve_ours(folder: Path, size: int, threads: int, process: tuple[int, int, i
 
     def parts(repeats: int) -> dict[str, float]:
         """Median seconds of augmentation, contrastive loss, host work."""
-        augmented = jax.pmap(
-            lambda batch, key: steps.augment_batch(key, batch, augment_options, devices.AXIS),
-            axis_name=devices.AXIS,
-            in_axes=(0, None),
-        )
-        labels = batch["pair_label"].reshape(-1, *batch["pair_label"].shape[2:])
+
+        def views(state, store, rows, key):
+            return steps.make_views(key, steps.gather(store, rows), run.method.views, devices.AXIS)
+
+        augmented = devices.over_devices(views, donate_state=False)
+        nothing = devices.replicate(())
+        labels = batch()["pair_label"]
         loss_and_grad = contrastive_loss.mapped_loss(
             num_classes=run.model.num_classes,
             num_pairs=len(labels),
-            pixels_per_class=config.loss.pixels_per_class,
+            pixels_per_class=config.method.pixels_per_class,
         )
         place = contrastive_loss.place
         z = jax.random.normal(jax.random.key(2), (*labels.shape, config.model.embedding_dim))
         inputs = place(jax.random.split(run.key, len(labels))), place(z), place(labels)
         numbers = iter(range(1, 10**9))
         programs = {
-            "augmentation": lambda: jax.block_until_ready(augmented(batch, run.key)),
+            "augmentation": lambda: jax.block_until_ready(augmented(nothing, store, rows, key)),
             "contrastive": lambda: jax.block_until_ready(loss_and_grad(*inputs)),
-            "host": lambda: make_batch(next(numbers)),
+            "host": lambda: slices.rows(range(number := next(numbers), number + 1)),
         }
         peers = {k: functools.partial(harness.timed, f) for k, f in programs.items()}
         return harness.alternate(peers, repeats)
@@ -274,7 +288,7 @@ def compare(size: int, args) -> dict:
         ):
             weight = phantom_run.config(
                 Path(folder), size=size, num_volumes=NUM_VOLUMES, num_cpu_devices=1
-            ).loss.contrastive_weight
+            ).method.contrastive_weight
             num_classes = ours.ask("save")
             theirs.ask("load", num_classes=num_classes, weight=weight)
             for what, error in theirs.ask("check").items():
