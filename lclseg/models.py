@@ -291,8 +291,8 @@ class UNet(nn.Module):
         level = getattr(module, "level", 0)
         if level >= len(levels):
             raise ValueError(
-                f"model.filters has {len(levels)} levels; the {name} head of this method reads level "
-                f"{level}, counted from 0: wanted {level + 1} filters at least"
+                f"model.filters has {len(levels)} levels; the {name} head reads level {level}, "
+                f"counted from 0: wanted {level + 1} filters at least"
             )
         return module(levels[level], train=train)
 
