@@ -16,6 +16,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from lclseg import evaluation, steps
+from lclseg.data import grid
 from lclseg.data.batches import Pool, ground_truth_pool, records_of, sampler, select_slices
 from lclseg.errors import ConfigError, NonFiniteLossError
 from lclseg.label_stream import refresher
@@ -366,7 +367,7 @@ def validate(run: Run, state: steps.TrainState) -> tuple[dict, dict[str, np.ndar
         number = int(entry.class_pixels[:, 1:].sum(axis=1).argmax())
         _, truth = run.prepared.read_slices([entry.slices[number]])
         found = prediction.probs[number].argmax(axis=-1)
-        picture = tensorboard.overlay(prediction.image[number], truth[0], found)
+        picture = tensorboard.overlay(grid.first_channel(prediction.image)[number], truth[0], found)
         pictures[prediction.volume_id] = picture
 
     summary = evaluate_state(

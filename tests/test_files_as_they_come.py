@@ -389,8 +389,8 @@ WARNINGS = {
     "stray voxel": (stray_voxel, ["value 7: 1 voxel of ", "c3.nii.gz, in no other mask"]),
     "class in one mask": (one_class_once, ["class_2 (value 2) is in one mask only", "c0.nii.gz"]),
     "empty mask": (
-        lambda r: write(label_of(r, 3), np.zeros(SHAPE, np.uint8)),
-        ["c3.nii.gz: empty, without any class"],
+        lambda r: write(label_of(r, 0), np.zeros(SHAPE, np.uint8)),
+        ["c0.nii.gz: empty, without any class"],
     ),
     "spacing": (other_spacing, ["c4.nii.gz: voxels of 0.1 x 0.1 x 0.4 mm; the median of all is 1"]),
     "pixdim": (
