@@ -26,6 +26,7 @@ from lclseg.run.start_from import take_over_baseline
 from lclseg.run.workdir import chosen_stage, new_results, read_json, write_json, write_text
 from lclseg.stage import Best, fit, slices_of
 
+SECONDS = "seconds.json"  # of making pseudo-labels, beside them
 logger = logging.getLogger("lclseg")
 
 
@@ -55,8 +56,9 @@ def finish_stage(run: Run, results: dict, best: Best, pseudo_labels: PseudoLabel
     last = chosen if same else test(best.last, "predictions_last")
     seconds = {**best.seconds, "test": time.monotonic() - started}
     if pseudo_labels is not None:
-        made = pseudo_labels.report.get("seconds", 0.0)
-        seconds["pseudo_labels"] = seconds.get("pseudo_labels", 0.0) + made
+        made = read_json(pseudo_labels.folder / SECONDS) or {}
+        spent = seconds.get("pseudo_labels", 0.0) + made.get("seconds", 0.0)
+        seconds["pseudo_labels"] = spent
     results["results"][name] = {
         "test": chosen,
         "test_last": last,
@@ -87,8 +89,10 @@ def pseudo_label_pool(
 ) -> PseudoLabels:
     """Pseudo-labels for a round: predicted by the best state, refined by the CRF, gated.
 
-    Read from disk where they are complete and this state's.
+    Read from disk where they are complete and this state's. The time that they took stands in a
+    file of its own: their report is the same for the same labels.
     """
+    started = time.monotonic()
     folder = run.workdir / "pseudo_labels" / f"round_{round_number}"
     made_by = {"stage": best.stage.name, "step": int(best.state.step)}
     stored = read_json(folder / "report.json") or {}
@@ -110,7 +114,7 @@ def pseudo_label_pool(
             for volume_id in tqdm(run.split.unlabeled, "gate", disable=None, leave=False)
             for entry in [run.prepared.volumes[volume_id]]
         }
-    return make_pseudo_labels(
+    made = make_pseudo_labels(
         predictor(run, replicated, refine=refinement(run.config)),
         run.prepared,
         run.split.unlabeled,
@@ -124,6 +128,8 @@ def pseudo_label_pool(
         keep_largest=options.largest_component,
         made_by=made_by,
     )
+    write_json(folder / SECONDS, {"seconds": round(time.monotonic() - started, 1)})
+    return made
 
 
 def first_state(run: Run) -> steps.TrainState:

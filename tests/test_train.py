@@ -133,6 +133,7 @@ def test_files_of_a_run(finished, data_dir):
         assert names == {
             "labels.npy",
             "report.json",
+            "seconds.json",
             *(f"phantom_{i:03d}.nii.gz" for i in (10, 11, 12)),
         }
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
