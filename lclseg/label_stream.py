@@ -70,7 +70,8 @@ def predict_pool(run: Run, replicated, pseudo_labels: PseudoLabels) -> np.ndarra
     """
     options, ids = run.config.pseudo_labels, pseudo_labels.report["volume_ids"]
     predictions = evaluation.predict_volumes(
-        predictor(run, replicated, refine=refinement(run.config)),
+        # Not stoppable: it belongs to the step before it.
+        predictor(run, replicated, refine=refinement(run.config), stoppable=False),
         run.prepared,
         sorted(ids, key=lambda v: run.prepared.volumes[v].first_slice),
         batch_size=run.config.data.eval_batch_size,

@@ -32,6 +32,7 @@ def test_the_floor_counts_more_work_for_more_pixels(tmp_path):
     assert flops[64] / flops[32] == pytest.approx(4, rel=0.02)
 
 
+@pytest.mark.slow
 def test_the_accelerator_benchmark_runs_and_agrees_with_the_golden_values(tmp_path):
     path = tmp_path / "lines.jsonl"
     printed = run("benchmarks.accelerator", "--tiny", "--json", path)

@@ -140,11 +140,14 @@ class Kind:
 
 # The first stage is a method's own where it has a pretraining.
 KINDS = [
-    (name, kind)
+    pytest.param(name, kind, marks=() if name in VARIED else pytest.mark.slow)
     for name in METHODS
     for kind in ("first", "joint")
     if kind == "joint" or make(name)[0].pretraining is not None
 ]
+
+
+ALL_KINDS = [param.values for param in KINDS]
 
 
 @functools.cache
@@ -265,7 +268,7 @@ def absent(case, name):
         "black slices, background only",
     ],
 )
-@pytest.mark.parametrize(("name", "kind"), KINDS)
+@pytest.mark.parametrize(("name", "kind"), ALL_KINDS)
 def test_value_and_gradient_are_finite_where_classes_are_absent(name, kind, case):
     _, state, history = trained(name, kind, absent(case, name), 2)
     for metrics in history:
@@ -300,7 +303,7 @@ def supervised_loss():
     return of
 
 
-@pytest.mark.parametrize(("name", "kind"), KINDS)
+@pytest.mark.parametrize(("name", "kind"), ALL_KINDS)
 def test_a_batch_is_learnt(name, kind):
     """By the supervised loss of its labelled slices, whatever the method calls its terms."""
     store = make_store(name)
@@ -496,7 +499,7 @@ def test_hidden_truth_of_unlabelled_slices_changes_nothing(name, finished, data_
         (hidden,) = split.unlabeled
         entry = prepared.volumes[hidden]
         sources.append(Poisoned(prepared.source, entry.slices))
-        entry = dataclasses.replace(entry, class_pixels=np.full_like(entry.class_pixels, 77))
+        entry = entry._replace(class_pixels=np.full_like(entry.class_pixels, 77))
         volumes = {**prepared.volumes, hidden: entry}
         return dataclasses.replace(prepared, source=sources[-1], volumes=volumes), split
 
