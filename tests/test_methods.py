@@ -483,8 +483,8 @@ class Poisoned:
         for index, record in zip(indices, self.source.__getitems__(indices), strict=True):
             if index in self.records:
                 self.num_poisoned += 1
-                hidden = {k: np.full_like(record[k], POISON) for k in ("label", "native_label")}
-                record = {**record, **hidden}
+                # The native label stays: the reports tell with it how good pseudo-labels are.
+                record = {**record, "label": np.full_like(record["label"], POISON)}
             found.append(record)
         return found
 
