@@ -68,7 +68,7 @@ def serve_ours(folder: Path, size: int, threads: int, process: tuple[int, int, i
     with harness.stdout_to_stderr():
         run, slices = phantom_run.start(config, workdir, num_volumes=NUM_VOLUMES)
         store, rows = slices.batch(0)
-    state = initial_state(run, 0)
+    state = initial_state(run, "joint")
     current = {"state": devices.replicate(state)}
     key = named_key(run.key, "steps")
 

@@ -19,14 +19,10 @@ get_acdc = runpy.run_path(str(HERE / "acdc.py"))["get_config"]
 shorten = runpy.run_path(str(HERE / "parts" / "short.py"))["shorten"]
 
 
-def get_config(method: str = "local_contrastive") -> ConfigDict:
+def get_config(method: str = "self_training") -> ConfigDict:
     config = get_acdc(method)
     data = config.data
     data.image_size = 96
     data.target_spacing_mm = 2.73438
-    shorten(config)
-    if config.method.name == "local_contrastive":
-        config.method.pseudo_label_weight = 1.0
-        config.method.view_geometry = True  # learnt from, views move as labelled slices do
-    config.crf.num_steps = 0  # its sigmas are made for 192 px
+    shorten(config, 8)
     return config

@@ -77,8 +77,13 @@ def get_config(method: str = "local_contrastive") -> ConfigDict:
     # Gate: two augmented predictions of a volume must agree to more than this Dice, else it is left
     # out of the round; the authors' is 0.9. 0: no gate.
     pseudo_labels.min_agreement = 0.0
-    pseudo_labels.largest_component = False  # of each class and volume, in 3-D; the rest goes
+    # Of a class in a volume the largest component is kept, in 3-D: "no", "yes", or "by_masks", of
+    # the classes that are one piece in all masks of labelled volumes.
+    pseudo_labels.largest_component = "no"
     pseudo_labels.min_confidence = 0.0  # pixels less certain than this are not learnt from
+
+    predictions = config.predictions = ConfigDict()
+    predictions.largest_component = "by_masks"  # of what is handed out; tested with and without
 
     optimizer = config.optimizer = ConfigDict()
     optimizer.learning_rate = 1e-3  # Adam

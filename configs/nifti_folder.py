@@ -22,7 +22,7 @@ get_default = runpy.run_path(str(HERE / "default.py"))["get_config"]
 short = runpy.run_path(str(HERE / "parts" / "short.py"))
 
 
-def get_config(method: str = "local_contrastive") -> ConfigDict:
+def get_config(method: str = "self_training") -> ConfigDict:
     config = get_default(method)
     data = config.data
     data.name = "nifti_folder"
@@ -44,10 +44,5 @@ def get_config(method: str = "local_contrastive") -> ConfigDict:
     data.num_labeled = "2"
     data.draw_seed = 0
     data.split = "drawn"
-    data.min_classes = 1  # slices without any class are learnt from, too
-    config.loss.segmentation = "batch_dice_and_cross_entropy"
-    config.crf.num_steps = 0  # its sigmas are to be found for each kind of image
-    short["small_batches"](config, 12)
-    short["few_steps"](config, 300, 150)
-    config.rounds.num_rounds = 2
+    short["shorten"](config, 8)
     return config

@@ -1,23 +1,48 @@
 """Largest connected components of label maps: on the host, and within a compiled step."""
 
+from collections.abc import Iterable, Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from scipy import ndimage
 
+STRAY = 0.01  # share of a class that may lie apart, as specks of a mask, and it is still one piece
+
+
+def one_piece(labels: Iterable[np.ndarray], num_classes: int) -> tuple[int, ...]:
+    """The foreground classes that are one piece in each label that shows them, and in one at least.
+
+    Specks do not count: the largest component holds all but 1 % of the class.
+
+    Args:
+      labels: [S, H, W] or [H, W] integers each.
+      num_classes: C.
+    """
+    classes = range(1, num_classes)
+    shown: set[int] = set()
+    apart: set[int] = set()
+    for label in labels:
+        kept = largest_component(label, classes)
+        for k in classes:
+            if size := np.count_nonzero(label == k):
+                shown.add(k)
+                if np.count_nonzero(kept == k) < (1 - STRAY) * size:
+                    apart.add(k)
+    return tuple(sorted(shown - apart))
+
 
 def largest_component(
-    label: np.ndarray, num_classes: int, connectivity: int | None = None
+    label: np.ndarray, classes: Sequence[int], connectivity: int | None = None
 ) -> np.ndarray:
-    """Keeps the largest connected component of each foreground class; the rest becomes background.
+    """Keeps the largest connected component of each of some classes; the rest becomes background.
 
     Of components of one size the one stays that comes first in the array's order (slices, then
-    rows, then columns). A class that is absent stays absent; background and values of no class
-    (C and more, as `losses.IGNORE`) stay as they are.
+    rows, then columns). A class that is absent stays absent; all other values stay as they are.
 
     Args:
       label: [S, H, W] or [H, W] integers.
-      num_classes: C, background 0 included.
+      classes: foreground classes, 1 and more.
       connectivity: how many coordinates may differ by one between neighbours: in 3-D 1 for the 6
         that share a face, 2 for 18, 3 for all 26; None: as many as there are axes.
 
@@ -26,7 +51,7 @@ def largest_component(
 
     Example: a lone pixel beside two.
 
-      >>> largest_component(np.array([[1, 1, 0, 1]]), num_classes=2)
+      >>> largest_component(np.array([[1, 1, 0, 1]]), classes=[1])
       array([[1, 1, 0, 0]])
 
     Raises:
@@ -45,8 +70,8 @@ def largest_component(
     neighbours = ndimage.generate_binary_structure(label.ndim, connectivity)
     kept = label.copy()
     # Each class in its own bounding box: most classes fill a small part of the volume.
-    foreground = np.where((label > 0) & (label < num_classes), label, 0)
-    for k, box in enumerate(ndimage.find_objects(foreground, num_classes - 1), start=1):
+    boxes = ndimage.find_objects(np.where(np.isin(label, classes), label, 0))
+    for k, box in enumerate(boxes, start=1):
         if box is None:
             continue
         components, count = ndimage.label(label[box] == k, neighbours)

@@ -1,5 +1,6 @@
 """Slices -> volumes -> native geometry -> metrics. Letters: S slices, H W pixels, C classes."""
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -7,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lclseg import metrics
+from lclseg.components import largest_component, one_piece
 from lclseg.data import grid, nifti
 from lclseg.data.dataset import PreparedSet
 
@@ -70,6 +72,12 @@ def to_native_label(prepared: PreparedSet, volume_id: str, probs: np.ndarray) ->
     )
 
 
+def classes_in_one_piece(prepared: PreparedSet, volume_ids: Sequence[str]) -> tuple[int, ...]:
+    """The classes that are one piece in the masks of all these volumes; see `one_piece`."""
+    masks = (prepared.read_native(volume_id).label for volume_id in volume_ids)
+    return one_piece([m for m in masks if m is not None], prepared.num_classes)
+
+
 def without_ignored(label: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Both with background wherever the truth is not known, so that nothing there counts."""
     ignored = truth == nifti.IGNORED
@@ -84,6 +92,7 @@ def evaluate(
     batch_size: int,
     with_distances: bool,
     save_to: Path | None = None,
+    one_piece: Sequence[int] = (),
     on_prediction: Callable[[VolumePrediction], None] = lambda prediction: None,
 ) -> dict:
     """3-D metrics of labelled volumes in native geometry; see `metrics.summarize`.
@@ -95,12 +104,14 @@ def evaluate(
       batch_size: slices per call of `predict`.
       with_distances: compute HD95 and ASSD too (slow; for the test set).
       save_to: folder for the predicted labels as NIfTI, <volume_id>.nii.gz.
+      one_piece: classes of which the largest component is kept in a second evaluation, whose
+        summary is "largest_component" in the first one's.
       on_prediction: called with each prediction, in the order of the ids.
 
     Raises:
       ValueError: a volume has no ground truth.
     """
-    records = {}
+    records, cleaned = {}, {}
     for prediction in predict_volumes(predict, prepared, volume_ids, batch_size=batch_size):
         on_prediction(prediction)
         native = prepared.read_native(prediction.volume_id)
@@ -112,10 +123,19 @@ def evaluate(
             nifti.write_label(
                 path, label, native.affine, native.spacing_mm, turn=native.orientation
             )
-        records[prediction.volume_id] = metrics.volume_metrics(
-            *without_ignored(label, native.label),
-            native.spacing_mm,
+        measure = functools.partial(
+            metrics.volume_metrics,
+            spacing_mm=native.spacing_mm,
             class_names=prepared.class_names,
             with_distances=with_distances,
         )
-    return metrics.summarize(records, class_names=prepared.class_names)
+        found = measure(*without_ignored(label, native.label))
+        records[prediction.volume_id] = cleaned[prediction.volume_id] = found
+        kept = largest_component(label, one_piece)
+        if not np.array_equal(kept, label):
+            cleaned[prediction.volume_id] = measure(*without_ignored(kept, native.label))
+    summary = metrics.summarize(records, class_names=prepared.class_names)
+    if one_piece:
+        of_cleaned = metrics.summarize(cleaned, class_names=prepared.class_names)
+        summary["largest_component"] = of_cleaned
+    return summary

@@ -79,9 +79,8 @@ def predict_pool(run: Run, replicated, pseudo_labels: PseudoLabels) -> np.ndarra
     found = [
         label_of(
             prediction.probs,
-            run.prepared.num_classes,
             min_confidence=options.min_confidence,
-            keep_largest=options.largest_component,
+            keep_largest=run.classes_in_one_piece(options.largest_component),
         )
         for prediction in predictions
     ]

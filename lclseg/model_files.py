@@ -14,10 +14,10 @@ from lclseg.data import preprocess
 from lclseg.data.dataset import open_builder, preprocessing_of
 from lclseg.data.preprocess import Preprocessing
 from lclseg.errors import UserError
-from lclseg.methods.base import method_of
+from lclseg.methods.base import base_of, method_of
 from lclseg.models import UNet
 from lclseg.run import checkpoint
-from lclseg.run.programs import make_optimizer
+from lclseg.run.programs import first_method, make_optimizer
 from lclseg.run.workdir import chosen_stage, read_json
 
 LAST = "last"  # in place of a stage's name: the newest weights of the last one
@@ -102,7 +102,10 @@ def load_run(workdir: Path, stage: str | None = None) -> TrainedModel:
     stage, step, dice = _find_checkpoint(workdir, stage)
     how = _preprocessing(workdir, config)
     architecture = {"filters": list(config.model.filters), "dtype": config.model.dtype}
-    method = method_of(config, len(how.class_names) + 1)
+    num_classes = len(how.class_names) + 1
+    method = method_of(config, num_classes)
+    if stage == "baseline":
+        method = first_method(method, base_of(config, num_classes))
     like = steps.create_train_state(
         jax.random.key(0),
         unet(how, architecture).clone(heads=method.heads),

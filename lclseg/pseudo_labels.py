@@ -74,7 +74,7 @@ def make_pseudo_labels(
     agreements: Mapping[str, float] | None = None,
     min_agreement: float = 0.0,
     min_confidence: float = 0.0,
-    keep_largest: bool = False,
+    keep_largest: Sequence[int] = (),
     made_by: dict | None = None,
 ) -> PseudoLabels:
     """Predicts the pool and writes a new set of pseudo-labels into `folder`.
@@ -94,7 +94,7 @@ def make_pseudo_labels(
       min_agreement: a volume passes the gate if its agreement is above this.
       min_confidence: pixels become `IGNORE` where the network's most probable class, before
         refinement, has a lower probability.
-      keep_largest: of each class and volume the largest component stays, the rest goes.
+      keep_largest: classes of which the largest component in a volume stays, and the rest goes.
       made_by: names the state that `predict` belongs to, for the report.
 
     Raises:
@@ -156,16 +156,15 @@ def _reserve(path: Path) -> None:
 
 
 def label_of(
-    probs: np.ndarray, num_classes: int, *, min_confidence: float, keep_largest: bool
+    probs: np.ndarray, *, min_confidence: float, keep_largest: Sequence[int]
 ) -> np.ndarray:
     """The pseudo-label [S, H, W] uint8 of a volume, from probabilities [S, 2, H, W, C].
 
-    The most probable class of the refined ones, the largest component of each class if
-    `keep_largest`; `IGNORE` where the network's own probability is below `min_confidence`.
+    The most probable class of the refined ones, of the classes `keep_largest` the largest
+    component; `IGNORE` where the network's own probability is below `min_confidence`.
     """
     label = probs[:, 1].argmax(axis=-1).astype(np.uint8)
-    if keep_largest:
-        label = largest_component(label, num_classes)
+    label = largest_component(label, keep_largest)
     label[probs[:, 0].max(axis=-1) < min_confidence] = IGNORE
     return label
 
@@ -207,19 +206,16 @@ def _write_volume(
     folder: Path,
     previous: PseudoLabels | None,
     min_confidence: float,
-    keep_largest: bool,
+    keep_largest: Sequence[int],
 ) -> tuple[np.ndarray, _About]:
     """The label [S, H, W] of a volume and what there is to tell; writes it as NIfTI."""
     volume_id = prediction.volume_id
     network, refined = prediction.probs[:, 0], prediction.probs[:, 1]
-    classes, confidence = prepared.num_classes, network.max(axis=-1)
-    label = label_of(
-        prediction.probs, classes, min_confidence=min_confidence, keep_largest=keep_largest
-    )
+    confidence = network.max(axis=-1)
+    label = label_of(prediction.probs, min_confidence=min_confidence, keep_largest=keep_largest)
     native = prepared.read_native(volume_id)
     native_label = evaluation.to_native_label(prepared, volume_id, refined)
-    if keep_largest:
-        native_label = largest_component(native_label, classes)
+    native_label = largest_component(native_label, keep_largest)
     path = folder / f"{volume_id}.nii.gz"
     nifti.write_label(path, native_label, native.affine, native.spacing_mm, turn=native.orientation)
     dice_with_previous = true_metrics = None

@@ -79,9 +79,9 @@ def slices_of(run: Run, kind: str, pseudo_labels: PseudoLabels | None) -> Device
         labeled, min_classes=data.min_classes, at_least=1, role="labelled batch"
     )
     labels, unlabeled = labels_of(run, pseudo_labels)
-    draw, everything = None, records
-    if kind == "joint" and run.method.sampler is not None:
-        draw = run.method.sampler(labeled, unlabeled)
+    draw, everything, sampled = None, records, run.programs[kind].method.sampler
+    if sampled is not None:
+        draw = sampled(labeled, unlabeled)
         everything = np.concatenate([labeled.records, unlabeled.records])
     draws = sampler(run.config.seed, records, data.labeled_batch_size, draw)
     return DeviceSlices(run.prepared, labels, draws, everything)

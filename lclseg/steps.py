@@ -139,15 +139,20 @@ def truncated_normal(rng: np.random.Generator, shape: Sequence[int]) -> np.ndarr
     return special.ndtri(rng.uniform(low, high, shape)) / 0.87962566103423978
 
 
-def warm_start(state: TrainState, fresh: TrainState) -> TrainState:
-    """Takes the trunk and its BatchNorm statistics from `state`, all heads from `fresh`.
+def warm_start(state: TrainState, fresh: TrainState, *, fresh_heads: bool) -> TrainState:
+    """Takes weights and BatchNorm statistics from `state`; what it lacks from `fresh`.
 
-    The trunk is that of `state.ema_params`, the weights that validation chose.
+    The weights are `state.ema_params`, those that validation chose.
+
+    Args:
+      state: of the stage before.
+      fresh: with all heads of the stage to come.
+      fresh_heads: take the trunk alone from `state`, and all heads from `fresh`.
     """
-    trunk = "unet_trunk"
+    taken = [n for n in state.ema_params if n == "unet_trunk" or not fresh_heads]
     return state.replace(
-        ema_params={**fresh.params, trunk: state.ema_params[trunk]},
-        batch_stats={**fresh.batch_stats, trunk: state.batch_stats[trunk]},
+        ema_params={**fresh.params, **{n: state.ema_params[n] for n in taken}},
+        batch_stats={**fresh.batch_stats, **{n: state.batch_stats[n] for n in taken}},
     )
 
 

@@ -5,7 +5,8 @@ A table of experiments: rows (overrides of one config) x pairs (split, seed). A 
   CONFIG  path of the config file, from the sweep file
   PAIRS   ((split, seed), ...)
   BASE    {"group.field": value, ...} for every row
-  ROWS    {row name: {"group.field": value, ...}}; the first row is the one to compare with
+  ROWS    {row name: {"group.field": value, ...}}; the first row is the one to compare with;
+          "method": NAME takes the config of another method
 
 Every run leaves `<row>/<split>_seed<seed>.json` in the results folder, from which the Markdown
 table is made; finished ones are skipped when the command is started again. Runs of one pair whose
@@ -29,7 +30,7 @@ from scipy import stats
 
 from lclseg.errors import UserError, in_words
 from lclseg.run import side_by_side
-from lclseg.run.stored_config import as_now, baseline_differences, differing_keys, to_store
+from lclseg.run.stored_config import as_now, differing_keys, to_store
 
 _SWEEP = flags.DEFINE_string("sweep", None, "Sweep file, e.g. configs/sweeps/hippocampus.py.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the runs; default runs/<sweep>.")
@@ -53,9 +54,13 @@ class SweepError(UserError):
 
 
 class Sweep(NamedTuple):
-    """A sweep file: rows x pairs of one config; rows hold what they share, too."""
+    """A sweep file: rows x pairs of one config; rows hold what they share, too.
+
+    A row's "method" names its method; then the config is what `get_config` gives for it.
+    """
 
     config: ConfigDict
+    get_config: Callable[[str], ConfigDict]
     pairs: Sequence[tuple[str, int]]
     rows: Mapping[str, Mapping]
 
@@ -78,9 +83,9 @@ def load_sweep(path: Path) -> Sweep:
     missing = [n for n in ("CONFIG", "PAIRS", "BASE", "ROWS") if n not in content]
     if missing:
         raise SweepError(f"{path} does not define {', '.join(missing)}")
-    config = runpy.run_path(str(path.parent / content["CONFIG"]))["get_config"]()
+    get_config = runpy.run_path(str(path.parent / content["CONFIG"]))["get_config"]
     rows = {row: {**content["BASE"], **own} for row, own in content["ROWS"].items()}
-    return Sweep(config, content["PAIRS"], rows)
+    return Sweep(get_config(), get_config, content["PAIRS"], rows)
 
 
 def experiments(sweep: Sweep) -> Iterator[Experiment]:
@@ -91,8 +96,13 @@ def experiments(sweep: Sweep) -> Iterator[Experiment]:
     """
     for split, seed in sweep.pairs:
         for row, overrides in sweep.rows.items():
+            values = {"data.split": split, "seed": seed, **overrides}
             config = sweep.config.copy_and_resolve_references()
-            for key, value in {"data.split": split, "seed": seed, **overrides}.items():
+            if method := values.pop("method", None):
+                config = sweep.get_config(method)
+                where = {k: sweep.config.data[k] for k in ("data_dir", "manual_dir")}
+                config.data.update(where)
+            for key, value in values.items():
                 group, _, name = key.rpartition(".")
                 target = config[group] if group else config
                 if name not in target:
@@ -210,25 +220,22 @@ def _interval(values: Sequence[float], sign: str = "") -> str:
 
 def find_baseline(config: ConfigDict, workdirs: Sequence[Path]) -> str:
     """The first of the workdirs with the same baseline, or "" if there is none."""
-    from lclseg.methods.base import method_of  # here: it loads JAX
+    from lclseg.run.start_from import other_baseline  # here: it loads JAX
 
     own = to_store(config)
-    by_method = method_of(config, num_classes=2).pretraining is not None
     for workdir in workdirs:
-        theirs = as_now(json.loads((workdir / "config.json").read_text()))
-        if not baseline_differences(theirs, own, by_method=by_method):
+        if not other_baseline(as_now(json.loads((workdir / "config.json").read_text())), own):
             return str(workdir)
     return ""
 
 
 def shared_baseline(experiment: Experiment, earlier: Sequence[Experiment]) -> Experiment | None:
     """The first of the earlier experiments with the same baseline; None if there is none."""
-    from lclseg.methods.base import method_of  # here: it loads JAX
+    from lclseg.run.start_from import other_baseline  # here: it loads JAX
 
     own = to_store(experiment.config)
-    by_method = method_of(experiment.config, num_classes=2).pretraining is not None
     for other in earlier:
-        if not baseline_differences(to_store(other.config), own, by_method=by_method):
+        if not other_baseline(to_store(other.config), own):
             return other
     return None
 

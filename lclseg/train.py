@@ -48,6 +48,7 @@ def finish_stage(run: Run, results: dict, best: Best, pseudo_labels: PseudoLabel
             run.split.test,
             stoppable=True,
             with_distances=True,
+            one_piece=run.one_piece,
             save_to=run.workdir / folder / name if multihost.is_first() else None,
         )
 
@@ -125,7 +126,7 @@ def pseudo_label_pool(
         agreements=agreements,
         min_agreement=options.min_agreement,
         min_confidence=options.min_confidence,
-        keep_largest=options.largest_component,
+        keep_largest=run.classes_in_one_piece(options.largest_component),
         made_by=made_by,
     )
     write_json(folder / SECONDS, {"seconds": round(time.monotonic() - started, 1)})
@@ -137,7 +138,7 @@ def first_state(run: Run) -> steps.TrainState:
 
     Heads that the other run does not have are drawn.
     """
-    fresh = initial_state(run, 0)
+    fresh = initial_state(run, "first")
     if not run.config.rounds.start_from:
         return fresh
     source = model_files.load_run(Path(run.config.rounds.start_from).expanduser().absolute())
@@ -159,8 +160,10 @@ def run_stage(
     """
     if before is None:
         state = first_state(run)
-    elif before.stage.kind == "first" and run.config.rounds.fresh_heads:
-        state = steps.warm_start(before.state, initial_state(run, 1))
+    elif before.stage.kind == "first":
+        fresh_heads = run.config.rounds.fresh_heads
+        fresh = initial_state(run, stage.kind, fresh_heads=fresh_heads)
+        state = steps.warm_start(before.state, fresh, fresh_heads=fresh_heads)
     else:
         state = before.state
     state = steps.restart(
@@ -168,7 +171,7 @@ def run_stage(
         run.programs[stage.kind].optimizer,
         first_step=stage.first_step,
         num_steps=stage.num_steps,
-        init_memory=run.method.init_memory,
+        init_memory=run.programs[stage.kind].method.init_memory,
     )
     best = fit(run, stage, state, pseudo_labels)
     finish_stage(run, results, best, pseudo_labels)
@@ -202,7 +205,7 @@ def train_stages(run: Run) -> dict:
     results = read_json(workdir / "results.json") or new_results(config, run.prepared, run.split)
     if config.rounds.baseline_from and "baseline" not in results["results"]:
         if multihost.is_first():
-            take_over_baseline(run.config, run.method, run.workdir, results)
+            take_over_baseline(run.config, run.workdir, results)
     results = multihost.json_from_first(results)
     first, *others = stages(config, run.method)
     best, pseudo_labels = run_stage(run, results, first, None, None), None

@@ -71,7 +71,7 @@ def tiny_run(tmp_path_factory):
     from tfds_builders.phantom import phantom_dataset_builder as phantom
 
     root = Path(__file__).resolve().parents[1]
-    config = runpy.run_path(str(root / "configs" / "phantom.py"))["get_config"]()
+    config = runpy.run_path(str(root / "configs" / "phantom.py"))["get_config"]("local_contrastive")
     data = config.data
     data.data_dir = str(tmp_path_factory.mktemp("data"))
     data.image_size, data.target_spacing_mm = 32, 4.0

@@ -16,7 +16,7 @@ CONFIG = """
 import runpy
 
 def get_config():
-    config = runpy.run_path({phantom!r})["get_config"]()
+    config = runpy.run_path({phantom!r})["get_config"]("local_contrastive")
     data = config.data
     data.data_dir = {data_dir!r}
     data.image_size, data.target_spacing_mm = 32, 4.0

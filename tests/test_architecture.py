@@ -94,9 +94,9 @@ def test_methods_import_leaves_and_their_contract_only(name):
 
 @pytest.mark.parametrize("name", ["lclseg.train", "lclseg.steps", *within("run")])
 def test_training_names_no_method(name):
-    """But for supervised training, the first stage of most, in the set-up of a run."""
+    """But for supervised training, the first stage of most, where programs are compiled."""
     allowed = SHARED_BY_METHODS | (
-        {"lclseg.methods.supervised"} if name.endswith("setup") else set()
+        {"lclseg.methods.supervised"} if name.endswith("programs") else set()
     )
     assert {m for m in modules_of(name) if m.startswith("lclseg.methods")} <= allowed
     if name.endswith("stored_config"):  # it knows the one method that there was before methods

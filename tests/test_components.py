@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from lclseg.components import largest_component
+from lclseg.components import largest_component, one_piece
 from lclseg.losses import IGNORE
 
 
@@ -49,7 +49,7 @@ def test_equals_a_flood_fill(shape, connectivity, seed):
     """Sparse noise of three classes: many components, and many of one size."""
     rng = np.random.default_rng(seed)
     label = rng.choice(4, shape, p=[0.55, 0.15, 0.15, 0.15]).astype(np.uint8)
-    found = largest_component(label, 4, connectivity)
+    found = largest_component(label, range(1, 4), connectivity)
     np.testing.assert_array_equal(found, flood_fill(label, 4, connectivity))
     assert (found != label).any()
 
@@ -57,51 +57,74 @@ def test_equals_a_flood_fill(shape, connectivity, seed):
 @pytest.mark.parametrize("shape", [(4, 7, 6), (9, 8)])
 def test_all_neighbours_count_by_default(shape):
     label = np.random.default_rng(0).choice(3, shape, p=[0.8, 0.1, 0.1])
-    np.testing.assert_array_equal(largest_component(label, 3), flood_fill(label, 3, len(shape)))
+    np.testing.assert_array_equal(
+        largest_component(label, range(1, 3)), flood_fill(label, 3, len(shape))
+    )
 
 
 def test_touching_at_a_corner():
     """One component in 26-connectivity; in 6-connectivity two of one size, and the first stays."""
     label = np.zeros((2, 2, 2), np.uint8)
     label[0, 0, 0] = label[1, 1, 1] = 1
-    np.testing.assert_array_equal(largest_component(label, 2), label)
+    np.testing.assert_array_equal(largest_component(label, range(1, 2)), label)
     first = np.zeros_like(label)
     first[0, 0, 0] = 1
-    np.testing.assert_array_equal(largest_component(label, 2, connectivity=1), first)
+    np.testing.assert_array_equal(largest_component(label, range(1, 2), connectivity=1), first)
 
 
 def test_slices_are_connected_through_the_volume():
     """A class in two pieces on a slice that meet on the next: one component in 3-D only."""
     label = np.array([[[2, 0, 2, 2]], [[2, 2, 2, 0]]], np.int64)
-    found = largest_component(label, 3)
+    found = largest_component(label, range(1, 3))
     np.testing.assert_array_equal(found, label)
     assert found.dtype == np.int64
-    np.testing.assert_array_equal(largest_component(label[0], 3), [[0, 0, 2, 2]])
+    np.testing.assert_array_equal(largest_component(label[0], range(1, 3)), [[0, 0, 2, 2]])
 
 
 def test_classes_do_not_join():
     """Each class has its own largest component, through no pixel of another."""
     label = np.array([[1, 1, 2, 1, 2, 2]], np.uint8)
-    np.testing.assert_array_equal(largest_component(label, 3), [[1, 1, 0, 0, 2, 2]])
+    np.testing.assert_array_equal(largest_component(label, range(1, 3)), [[1, 1, 0, 0, 2, 2]])
 
 
 def test_pixels_of_no_class_stay():
     label = np.array([[IGNORE, 0, IGNORE, 1, 0, 1, 1, 3]], np.uint8)
     expected = [[IGNORE, 0, IGNORE, 0, 0, 1, 1, 3]]
-    np.testing.assert_array_equal(largest_component(label, 3), expected)
+    np.testing.assert_array_equal(largest_component(label, range(1, 3)), expected)
 
 
 @pytest.mark.parametrize("value", [0, 1, IGNORE])
 def test_one_value_everywhere(value):
     label = np.full((2, 3, 4), value, np.uint8)
-    np.testing.assert_array_equal(largest_component(label, 3), label)
+    np.testing.assert_array_equal(largest_component(label, range(1, 3)), label)
 
 
 def test_the_label_given_is_not_changed():
     label = np.array([[1, 0, 1, 1]], np.uint8)
     label.flags.writeable = False
-    np.testing.assert_array_equal(largest_component(label, 2), [[0, 0, 1, 1]])
+    np.testing.assert_array_equal(largest_component(label, range(1, 2)), [[0, 0, 1, 1]])
     assert label.tolist() == [[1, 0, 1, 1]]
+
+
+def test_only_the_classes_asked_for_are_cleaned():
+    label = np.array([[1, 0, 1, 1, 2, 0, 2, 2]], np.uint8)
+    np.testing.assert_array_equal(largest_component(label, [2]), [[1, 0, 1, 1, 0, 0, 2, 2]])
+    np.testing.assert_array_equal(largest_component(label, []), label)
+
+
+def test_classes_in_one_piece():
+    """1 is whole, 2 in halves in one label, 3 has a speck of one pixel in 201, 4 is in none."""
+    first = np.zeros((3, 20, 30), np.uint8)
+    first[0, 0, :5] = 1
+    first[0, 3, :2] = first[0, 3, 4:6] = 2
+    first[1:, 10:, 15:25] = 3
+    first[2, 0, 0] = 3
+    second = np.zeros_like(first)
+    second[0, 0, :2] = 2
+    assert one_piece([first, second], 5) == (1, 3)
+    assert one_piece([second], 5) == (2,)
+    first[2, 0, :4] = 3  # 4 pixels in 204
+    assert one_piece([first, second], 5) == (1,)
 
 
 @pytest.mark.parametrize(
@@ -116,4 +139,4 @@ def test_the_label_given_is_not_changed():
 )
 def test_what_does_not_fit_is_named(label, connectivity, error, message):
     with pytest.raises(error, match=message):
-        largest_component(label, 2, connectivity)
+        largest_component(label, range(1, 2), connectivity)

@@ -91,7 +91,7 @@ def complete(folder, **data):
 
 
 def test_another_data_set_is_left_alone():
-    config = runpy.run_path(str(ROOT / "configs" / "phantom.py"))["get_config"]()
+    config = runpy.run_path(str(ROOT / "configs" / "phantom.py"))["get_config"]("local_contrastive")
     assert own_data.complete(config) == (config, "")
     assert own_data.builder_options(config.data) == {}
 

@@ -147,7 +147,7 @@ def pseudo_report(stage_name, *, true_dice, agreement, digest="", warnings=()):
 
 
 def config_with(**overrides):
-    config = runpy.run_path(str(ROOT / "configs" / "phantom.py"))["get_config"]()
+    config = runpy.run_path(str(ROOT / "configs" / "phantom.py"))["get_config"]("local_contrastive")
     config.rounds.update(baseline_steps=4, num_rounds=2, steps_per_round=4)
     config.update_from_flattened_dict({k.replace("__", "."): v for k, v in overrides.items()})
     return config
@@ -600,7 +600,7 @@ def test_a_page_that_fails_is_told_and_raises_nothing(tmp_path, results, monkeyp
     ],
 )
 def test_command_gives_the_config_again(overrides, monkeypatch):
-    config = runpy.run_path(str(ROOT / "configs" / "phantom.py"))["get_config"]()
+    config = runpy.run_path(str(ROOT / "configs" / "phantom.py"))["get_config"]("local_contrastive")
     config.update_from_flattened_dict(overrides)
     command = reproducing_command(json.loads(config.to_json_best_effort()))
     python, module, name, *arguments = shlex.split(command.replace("\\\n", ""))

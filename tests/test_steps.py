@@ -288,7 +288,7 @@ def test_in_float64_device_counts_differ_by_rounding_only():
 def test_step_compiles_once_for_fresh_states_and_across_stages():
     step, optimizer, batch = compiled(BATCH, 2, "adam"), optax.adam(LEARNING_RATE), make_batch()
     state, _ = step(make_state(optimizer=optimizer), batch, 3)
-    state = steps.warm_start(state, make_state(1, optimizer))
+    state = steps.warm_start(state, make_state(1, optimizer), fresh_heads=True)
     state = steps.restart(state, optimizer, first_step=int(state.step), num_steps=9)
     state, _ = step(state, batch, 2)
     assert state.step == 5
@@ -624,7 +624,7 @@ def restart(state, optimizer, **options):
 
 def test_warm_start_keeps_the_averaged_trunk_and_its_statistics_and_renews_all_heads():
     state, fresh = trained_looking_state(), make_state(1)
-    started = restart(steps.warm_start(state, fresh), optax.sgd(0.1))
+    started = restart(steps.warm_start(state, fresh, fresh_heads=True), optax.sgd(0.1))
     for params in (started.params, started.ema_params):
         assert_trees_equal(params["unet_trunk"], state.ema_params["unet_trunk"])
         for head in ("segmentation_head", "projection_head"):
@@ -632,6 +632,18 @@ def test_warm_start_keeps_the_averaged_trunk_and_its_statistics_and_renews_all_h
     assert_trees_equal(started.batch_stats["unet_trunk"], state.batch_stats["unet_trunk"])
     for head in ("segmentation_head", "projection_head"):
         assert_trees_equal(started.batch_stats[head], fresh.batch_stats[head])
+
+
+def test_warm_start_draws_only_the_heads_that_are_lacking():
+    state, fresh = trained_looking_state(), make_state(1)
+    trees = (state.ema_params, state.batch_stats)
+    ema_params, batch_stats = ({k: v for k, v in t.items() if "projection" not in k} for t in trees)
+    before = state.replace(ema_params=ema_params, batch_stats=batch_stats)
+    started = steps.warm_start(before, fresh, fresh_heads=False)
+    for part in ("unet_trunk", "segmentation_head"):
+        assert_trees_equal(started.ema_params[part], state.ema_params[part])
+        assert_trees_equal(started.batch_stats[part], state.batch_stats[part])
+    assert_trees_equal(started.ema_params["projection_head"], fresh.params["projection_head"])
 
 
 def test_restart_sets_the_step_and_renews_optimiser_and_memory():

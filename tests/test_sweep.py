@@ -16,9 +16,9 @@ CONFIG = "phantom.py"
 PAIRS = (("c1", 0), ("c2", 7))
 BASE = {"log.every": 5}
 ROWS = {
-    "supervised": {"rounds.num_rounds": 0, "rounds.baseline_steps": 950},
-    "inter, 3 anchors": {},
-    "every pixel": {"method.pixels_per_class": 0, "method.contrastive_weight": 1.0},
+    "supervised": {"method": "supervised"},
+    "inter, 3 anchors": {"method": "local_contrastive", "method.pixels_per_class": 3},
+    "every pixel": {"method": "local_contrastive", "method.contrastive_weight": 1.0},
     "other batch": {"data.labeled_batch_size": 4},
 }
 """
@@ -52,8 +52,10 @@ def test_experiments_are_rows_times_pairs(sweep):
     assert [(e.split, e.seed) for e in found] == [("c1", 0)] * 4 + [("c2", 7)] * 4
     assert [e.row for e in found[:4]] == list(sweep.rows)
     assert all((e.config.data.split, e.config.seed) == (e.split, e.seed) for e in found)
-    supervised, plain, every, _ = found[4:]
-    assert supervised.config.rounds.num_rounds == 0
+    supervised, plain, every, other = found[4:]
+    names = [e.config.method.name for e in (supervised, plain, every, other)]
+    assert names == ["supervised", "local_contrastive", "local_contrastive", "self_training"]
+    assert plain.config.method.pixels_per_class == 3
     assert plain.config.rounds == sweep.config.rounds  # a row leaves no trace in the next one
     assert (every.config.method.pixels_per_class, every.config.method.contrastive_weight) == (
         0,
@@ -166,7 +168,8 @@ def test_a_result_holds_no_path_of_the_machine(sweep, trained, tmp_path):
 def test_results_of_another_config_are_refused(sweep, trained, tmp_path):
     folder = tmp_path / "results"
     sweeps.run_missing(sweep, tmp_path / "runs", folder)
-    changed = sweep._replace(rows={**sweep.rows, "every pixel": {"method.temperature": 0.5}})
+    other = {"method": "local_contrastive", "method.temperature": 0.5}
+    changed = sweep._replace(rows={**sweep.rows, "every pixel": other})
     with pytest.raises(sweeps.SweepError, match=r"every_pixel/c1.* method\.contrast"):
         sweeps.read_results(folder, changed)
 

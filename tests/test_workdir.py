@@ -39,7 +39,7 @@ def holder(tmp_path):
 
 
 def config():
-    return runpy.run_path(str(ROOT / "configs" / "phantom.py"))["get_config"]()
+    return runpy.run_path(str(ROOT / "configs" / "phantom.py"))["get_config"]("local_contrastive")
 
 
 def test_a_second_writer_is_told_who_the_first_is(holder, tmp_path):

@@ -88,7 +88,8 @@ class Method(NamedTuple):
       sampler: (labelled pool, unlabelled pool) -> `Draw` of the groups beside "labeled", which
         training draws itself, the same for all methods. Called again when pseudo-labels change.
       heads: modules beside the segmentation head, by name; see `models.Network`.
-      networks: independently initialised copies, a leading axis of all parameters.
+      networks: independently initialised copies, a leading axis of all parameters; several need a
+        `pretraining` of their own.
       offline: trains in rounds with stored pseudo-labels; else one stage of as many steps.
       pretraining: (terms, views) of the first stage, where it is not supervised training.
       init_memory: params -> what the method keeps between steps, a pytree.

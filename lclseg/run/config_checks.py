@@ -39,6 +39,8 @@ CHOICES = {
         "cross_entropy",
         "batch_dice_and_cross_entropy",
     ),
+    "pseudo_labels.largest_component": ("no", "yes", "by_masks"),
+    "predictions.largest_component": ("no", "yes", "by_masks"),
     "optimizer.schedule": ("constant", "cosine"),
     "model.dtype": ("float32", "bfloat16"),
 }
@@ -96,7 +98,6 @@ RULES: dict[str, Rule] = {
     "crf.intensity_sigma": ABOVE_0,
     "crf.bilateral_weight": NOT_NEGATIVE,
     "pseudo_labels.min_agreement": THRESHOLD,
-    "pseudo_labels.largest_component": YES_NO,
     "pseudo_labels.min_confidence": THRESHOLD,
     "optimizer.learning_rate": ABOVE_0,
     "optimizer.ema_decay": SHARE_BELOW_1,

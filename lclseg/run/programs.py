@@ -2,13 +2,14 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import optax
 from ml_collections import ConfigDict
 
 from lclseg import steps
-from lclseg.methods.contract import Method
+from lclseg.methods import supervised
+from lclseg.methods.contract import Base, Method
 from lclseg.models import Net, UNet
 from lclseg.run import devices
 
@@ -33,12 +34,14 @@ class Programs(NamedTuple):
     """What one kind of stage runs on the devices.
 
     Attributes:
+      method: what the stage trains.
       optimizer: of the stage.
       train: compiled over devices: `steps.train_step`, or `steps.train_steps` where one dispatch
         takes several.
       statistics: compiled `steps.batch_statistics`.
     """
 
+    method: Method
     optimizer: optax.GradientTransformation
     train: Callable
     statistics: Callable
@@ -65,25 +68,38 @@ def stages(config: ConfigDict, method: Method) -> list[Stage]:
     return found
 
 
-def compile_programs(
-    config: ConfigDict, model: UNet, terms: Callable, views: Any, method: Method, num_steps: int
-) -> Programs:
+def first_method(method: Method, base: Base) -> Method:
+    """What the first stage trains: the method's own pretraining, else supervised training.
+
+    Supervised training has no heads and no memory of the method, so that the first stages of most
+    methods are one and the same.
+    """
+    if method.pretraining is None:
+        return supervised.make(None, base)
+    terms, views = method.pretraining
+    return method._replace(terms=terms, views=views, sampler=None)
+
+
+def compile_programs(config: ConfigDict, model: UNet, method: Method, num_steps: int) -> Programs:
     """The programs of one kind of stage; XLA compiles each when it is first called."""
     optimizer = make_optimizer(config.optimizer, num_steps)
     net = Net(model)
     step = functools.partial(
         steps.train_step,
         net=net,
-        terms=terms,
-        views=views,
+        terms=method.terms,
+        views=method.views,
         optimizer=optimizer,
         ema_decay=config.optimizer.ema_decay,
         remember=method.remember,
     )
     if devices.steps_per_dispatch(config.log.every) > 1:
         step = functools.partial(steps.train_steps, step=step)
-    statistics = functools.partial(steps.batch_statistics, net=net, terms=terms, views=views)
+    statistics = functools.partial(
+        steps.batch_statistics, net=net, terms=method.terms, views=method.views
+    )
     return Programs(
+        method=method,
         optimizer=optimizer,
         train=devices.over_devices(step, donate_state=True),
         statistics=devices.over_devices(statistics, donate_state=False),

@@ -16,7 +16,7 @@ from lclseg.data import own_data, preprocess
 from lclseg.data.dataset import PreparedSet, open_builder, open_prepared, preprocessing_of
 from lclseg.data.splits import Split, resolve_split
 from lclseg.errors import ConfigError
-from lclseg.methods import supervised
+from lclseg.evaluation import classes_in_one_piece
 from lclseg.methods.base import base_of, method_of
 from lclseg.methods.contract import Method
 from lclseg.models import UNet
@@ -27,7 +27,7 @@ from lclseg.run.config_checks import (
     check_config,
     units_per_batch,
 )
-from lclseg.run.programs import Programs, compile_programs, stages
+from lclseg.run.programs import Programs, compile_programs, first_method, stages
 from lclseg.run.stored_config import (
     MACHINE_KEYS,
     differing_keys,
@@ -48,6 +48,7 @@ class Run:
       prepared: the data set.
       split: volume ids by role.
       model: the U-Net.
+      one_piece: classes that are one piece in all masks of labelled volumes.
       method: what is trained after the first stage; its contract: `methods.contract.Method`.
       key: the run's random key; `random_keys.named_key` gives each purpose its own.
       programs: by kind of stage, "first" and "joint".
@@ -60,6 +61,7 @@ class Run:
     workdir: Path
     prepared: PreparedSet
     split: Split
+    one_piece: tuple[int, ...]
     model: UNet
     method: Method
     key: jax.Array
@@ -67,6 +69,11 @@ class Run:
     predict: Callable
     stop_asked: Callable[[], bool]
     lock: TextIO
+
+    def classes_in_one_piece(self, choice: str) -> tuple[int, ...]:
+        """Of which classes the largest component is kept, by a config's "no", "yes", "by_masks"."""
+        everything = tuple(range(1, self.prepared.num_classes))
+        return {"no": (), "yes": everything, "by_masks": self.one_piece}[choice]
 
 
 def set_up_process(config: ConfigDict) -> None:
@@ -160,14 +167,10 @@ def start_run(
         axis_name=devices.AXIS,
     )
     first, joint = stages(config, method)[0], stages(config, method)[-1]
-    base = base_of(config, prepared.num_classes)
-    pretraining = supervised.make(None, base)
-    terms, views = method.pretraining or (pretraining.terms, pretraining.views)
+    trained_first = first_method(method, base_of(config, prepared.num_classes))
     programs = {
-        "first": compile_programs(config, model, terms, views, method, first.num_steps),
-        "joint": compile_programs(
-            config, model, method.terms, method.views, method, joint.num_steps
-        ),
+        "first": compile_programs(config, model, trained_first, first.num_steps),
+        "joint": compile_programs(config, model, method, joint.num_steps),
     }
     held = claim_workdir(config, workdir)
     # With it a prediction needs neither the prepared set nor the code that made it.
@@ -179,6 +182,7 @@ def start_run(
         workdir=workdir,
         prepared=prepared,
         split=split,
+        one_piece=classes_in_one_piece(prepared, split.labeled),
         model=model,
         method=method,
         key=jax.random.key(config.seed),
@@ -211,14 +215,18 @@ def check_processes_agree(config: ConfigDict, prepared: PreparedSet) -> None:
         )
 
 
-def initial_state(run: Run, number: int) -> steps.TrainState:
-    """A fresh state; number 0 starts the first stage, number k gives round k its heads."""
+def initial_state(run: Run, kind: str, *, fresh_heads: bool = False) -> steps.TrainState:
+    """A fresh state for a kind of stage, "first" or "joint", with the heads that it trains.
+
+    With `fresh_heads` another one, so that no head is drawn as in the first stage.
+    """
+    programs = run.programs[kind]
     return steps.create_train_state(
-        jax.random.fold_in(named_key(run.key, "initial values"), number),
-        run.model,
-        run.programs["first"].optimizer,
+        jax.random.fold_in(named_key(run.key, "initial values"), int(fresh_heads)),
+        run.model.clone(heads=programs.method.heads),
+        programs.optimizer,
         image_size=run.config.data.image_size,
-        networks=run.method.networks,
-        init_memory=run.method.init_memory,
+        networks=programs.method.networks,
+        init_memory=programs.method.init_memory,
         num_channels=run.prepared.preprocessing.num_channels,
     )

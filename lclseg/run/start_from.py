@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from lclseg.data.dataset import PreparedSet
 from lclseg.data.splits import Split
 from lclseg.errors import ConfigError
-from lclseg.methods.contract import Method
+from lclseg.methods.base import method_of
 from lclseg.run import multihost
 from lclseg.run.programs import stages
 from lclseg.run.stored_config import as_now, baseline_differences, to_store
@@ -98,7 +98,18 @@ def check_source(
             )
 
 
-def take_over_baseline(config: ConfigDict, method: Method, workdir: Path, results: dict) -> None:
+def other_baseline(theirs: dict, ours: dict) -> list[str]:
+    """Dotted names of the values by which two configs, as stored, have different baselines."""
+    configs = [ConfigDict(content) for content in (theirs, ours)]
+    methods = [method_of(config, num_classes=2) for config in configs]
+    by_method = any(method.pretraining is not None for method in methods)
+    keys = baseline_differences(theirs, ours, by_method=by_method)
+    # Of a method that learns from labelled slices alone the steps of all stages are the baseline's.
+    steps = {stages(*both)[0].num_steps for both in zip(configs, methods, strict=True)}
+    return keys if len(steps) == 1 else [*keys, "method.name"]
+
+
+def take_over_baseline(config: ConfigDict, workdir: Path, results: dict) -> None:
     """Copies the finished baseline of `rounds.baseline_from`, another workdir, into this run.
 
     Raises:
@@ -109,19 +120,11 @@ def take_over_baseline(config: ConfigDict, method: Method, workdir: Path, result
     if theirs is None or "baseline" not in theirs["results"]:
         raise ConfigError(f"rounds.baseline_from: no finished baseline in {source}")
     stored = json.loads((source / "config.json").read_text())
-    keys = baseline_differences(
-        as_now(stored), to_store(config), by_method=method.pretraining is not None
-    )
+    keys = other_baseline(as_now(stored), to_store(config))
     if keys:
         raise ConfigError(
             f"rounds.baseline_from: the baseline in {source} has other values of "
             f"{', '.join(keys[:8])}"
-        )
-    found = theirs["results"]["baseline"]["num_steps"]
-    wanted = stages(config, method)[0].num_steps
-    if found != wanted:  # without unlabelled slices the steps of the rounds are the baseline's
-        raise ConfigError(
-            f"rounds.baseline_from: the baseline in {source} has {found} steps; wanted {wanted}"
         )
     for folder in ("checkpoints/baseline", "predictions/baseline"):
         if not (source / folder).exists():  # predictions, where there is nothing to test on

@@ -35,6 +35,7 @@ JOINT_ONLY = (
     "method.",
     "crf.",
     "pseudo_labels.",
+    "predictions.",
     "rounds.num_rounds",
     "rounds.steps_per_round",
     "rounds.fresh_heads",
@@ -111,14 +112,13 @@ def baseline_differences(before: dict, now: dict, *, by_method: bool) -> list[st
 
     Args:
       before, now: as `as_now` gives them.
-      by_method: whether the method trains its first stage its own way, by its own options. Another
-        method is always another baseline: its heads and networks lie in the checkpoint.
+      by_method: whether one of the methods trains its first stage its own way, by its options.
     """
-    method_keys = ("method.",) if by_method else ("method.name",)
+    keys = differing_keys(before, now)
     return [
         key
-        for key in differing_keys(before, now)
-        if key.startswith(method_keys) or not key.startswith(JOINT_ONLY)
+        for key in keys
+        if not key.startswith(JOINT_ONLY) or (by_method and key.startswith("method."))
     ]
 
 

@@ -1,0 +1,29 @@
+"""The rows of the sweeps that compare methods: each is the short schedule of its set, and no more.
+
+Same network, optimiser, steps, batches and augmentation in all. The first row is compared with.
+"""
+
+SELF_TRAINING = {"method": "self_training"}
+ROWS = {
+    "supervised": {"method": "supervised"},
+    "self-training": SELF_TRAINING,
+    "self-training, copy-paste": SELF_TRAINING | {"method.copy_paste": True},
+    "local contrastive": {"method": "local_contrastive"},
+    "BCP": {"method": "bcp"},
+    "UniMatch": {"method": "unimatch"},
+    "supervised, paper's augmentation": {"method": "supervised", "augment.strength": "paper"},
+    "FixMatch": {"method": "fixmatch"},
+    "mean teacher": {"method": "mean_teacher"},
+    "uncertainty-aware mean teacher": {"method": "uncertainty_aware_mean_teacher"},
+    "CPS": {"method": "cps"},
+    "AD-MT": {"method": "ad_mt"},
+    "RCPS": {"method": "rcps"},
+    "self-loop": {"method": "self_loop"},
+    "all labels": {
+        "method": "supervised",
+        "data.num_labeled": "all",
+        "rounds.num_rounds": 0,
+        "rounds.baseline_steps": 1000,
+    },
+}
+PAIRS = (("c1", 0), ("c2", 1), ("c3", 2), ("c4", 3), ("c5", 4))
