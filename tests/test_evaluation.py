@@ -132,6 +132,27 @@ def test_evaluation_is_of_the_native_label(prepared):
     assert summary["mean_hausdorff95_mm"] is None
 
 
+def test_the_largest_component_is_scored_beside_the_rest(prepared):
+    """A speck of the disc's class apart from the disc: gone with the largest component."""
+
+    def with_speck(images):
+        probs = perfect(images)
+        probs[:, 8:11, 22:26] = np.eye(3)[2]
+        return probs
+
+    def score(predict, **kwargs):
+        return evaluation.evaluate(
+            predict, prepared, ["second"], batch_size=4, with_distances=True, **kwargs
+        )
+
+    found, clean = score(with_speck, one_piece=(1, 2)), score(perfect)
+    assert found["dice_per_class"]["disc"] < clean["dice_per_class"]["disc"] - 0.01
+    assert found["largest_component"] == clean
+    # Of the ring's class alone, the speck stays.
+    other = score(with_speck, one_piece=(1,))
+    assert other.pop("largest_component") == other == score(with_speck)
+
+
 def test_a_blind_network_scores_zero(prepared):
     summary = evaluation.evaluate(
         background, prepared, ["first", "third"], batch_size=3, with_distances=False
