@@ -714,6 +714,27 @@ def test_config_with_lists(tmp_path):
     assert own_data.complete(other)[0].data.test == data.test
 
 
+def test_which_classes_are_one_piece_is_told(tmp_path):
+    """Of the labelled masks: in that of the validation case, class 1 is in two pieces, too."""
+    make_simple(tmp_path, num_masks=4)
+    speck = (2, (0, 2), (0, 2), (0, 3))
+    for name, pieces in (("c0", (BOX, OTHER, speck)), ("c2", ((1, *speck[1:]), BOX, OTHER))):
+        write(tmp_path / "labels" / f"{name}.nii.gz", mask(SHAPE, *pieces).astype(np.uint8))
+    lists = {"labeled": ("c0", "c1"), "validation": ("c2",)}
+    line = "predictions.largest_component = by_masks  "
+    _, text = complete(tmp_path, **lists)
+    assert (
+        f"{line}(kept of class_1, one piece in all labelled masks; not of class_2, in several "
+        "pieces in c0)"
+    ) in text
+    _, text = complete(tmp_path, labeled=("c0",), validation=("c1",), label_values=(2,))
+    assert f"{line}(kept of none; not of class_2, in several pieces in c0)" in text
+    config = config_of(tmp_path, **lists)
+    config.predictions.largest_component = "no"
+    _, text = own_data.complete(config)
+    assert "predictions.largest_component = no  (given)" in text
+
+
 def test_a_run_that_learns_from_both_of_two_masks(tmp_path):
     """No mask chooses a checkpoint: the last weights are handed out, and everything says so."""
     folder = make_simple(tmp_path / "x", num_masks=2, num_cases=4, spacing_mm=(4.0, 1.0, 1.0))
@@ -733,6 +754,9 @@ def test_a_run_that_learns_from_both_of_two_masks(tmp_path):
         "test": 0,
     }
     assert results["chosen"] == "round_1"
+    kept = json.loads((workdir / "postprocessing.json").read_text())["largest_component"]
+    assert kept == ["class_1", "class_2"]
+    assert "(kept of class_1, class_2, one piece" in (workdir / "proposal.txt").read_text()
     for stage, steps in (("baseline", 3), ("round_1", 2)):
         result = results["results"][stage]
         assert (result["best_validation_dice"], result["validation"]) == (None, [])

@@ -443,10 +443,13 @@ def complete(config: ConfigDict) -> tuple[ConfigDict, str]:
     data.image_size = data.image_size or propose_image_size(turned, data.target_spacing_mm)
     if rounds is None or rounds.num_rounds:
         _check_pool(data, turned, patient)
+    learnt = [s for s in surveys if s.voxels and patient[s.case_id] in data.labeled]
     if not data.windows:
-        labeled = [s.files for s in surveys if s.voxels and patient[s.case_id] in data.labeled]
+        labeled = [s.files for s in learnt]
         data.windows = propose_windows(folder, data.channels, labeled, data.label_values)
     notes = [n for n in notes if not n.startswith("WARNING: ")]
+    choice = config.predictions.largest_component if "predictions" in config else "by_masks"
+    notes.append(largest_component(choice, data, learnt))
     return config, _summary(folder, data, surveys, turned, given, notes, warnings)
 
 
@@ -585,6 +588,31 @@ def _scans(patient: dict[str, str]) -> list[str]:
         f"{' and '.join(cases[:NAMED])}; all scans of a patient play one role. If these are "
         "different patients, set data.patients_by_name=False"
     ]
+
+
+def largest_component(choice: str, data: ConfigDict, learnt: Sequence[Survey]) -> str:
+    """A line on the classes of which what is handed out keeps the largest component alone.
+
+    Args:
+      choice: `predictions.largest_component`.
+      data: of the config, with classes.
+      learnt: of the labelled cases.
+    """
+    line = f"predictions.largest_component = {choice}"
+    if choice != "by_masks":
+        return f"{line}  (given)"
+    whole, apart = [], []
+    for value, name in zip(data.label_values, data.class_names, strict=True):
+        where = [s for s in learnt if value in s.voxels]
+        broken = [s.case_id for s in where if value not in s.one_piece]
+        if broken:
+            apart.append(f"{name}, in several pieces in {broken[0]}")
+        elif where:
+            whole.append(name)
+    kept = (
+        f"kept of {', '.join(whole)}, one piece in all labelled masks" if whole else "kept of none"
+    )
+    return f"{line}  ({'; not of '.join([kept, *apart])})"
 
 
 def check_masks(
