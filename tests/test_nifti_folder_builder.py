@@ -685,7 +685,7 @@ def test_scans_of_a_patient_play_one_role(tmp_path):
             write(tmp_path / "labels" / f"{case}.nii.gz", mask(SHAPE, BOX, OTHER))
     config, text = complete(tmp_path)
     assert config.data.pool == config.data.with_mask == tuple(f"p{p}" for p in range(6))
-    assert "6 patients have several scans" in text
+    assert "patients with several scans, by their names: 6; " in text
     apart, _ = complete(tmp_path, patients_by_name=False)
     assert len(apart.data.pool) == 12 and len(apart.data.with_mask) == 11
 
@@ -705,7 +705,7 @@ def test_config_with_lists(tmp_path):
     data = config.data
     assert data.validation == ("c4",) and len(data.labeled) == 1 and len(data.test) == 3
     assert data.pool == tuple(f"c{n}" for n in range(7))
-    assert "data.validation: 1 given: c4" in text and "in the unlabelled pool: 2 cases" in text
+    assert "data.validation: 1 given: c4" in text and "in the unlabelled pool: 2 patients" in text
     again, _ = complete(tmp_path, validation=("c4",), num_labeled="1", data_dir="elsewhere")
     assert again.data.labeled == data.labeled
     # The model's seed moves nobody.

@@ -319,7 +319,7 @@ def test_summary_holds_the_numbers_of_the_results(full):
     ("kept", "words"),
     [
         (["organ"], "where of organ the largest connected component alone is kept, as lclseg"),
-        ([], "were kept; lclseg.predict keeps all, as the config says"),
+        ([], "were kept; for this run lclseg.predict keeps every one."),
     ],
 )
 def test_largest_components_stand_beside_the_rest(tmp_path, results, kept, words):

@@ -584,7 +584,7 @@ def _scans(patient: dict[str, str]) -> list[str]:
         return []
     first, cases = next(iter(several.items()))
     return [
-        f"WARNING: {len(several)} patients have several scans, by their names: {first} is "
+        f"WARNING: patients with several scans, by their names: {len(several)}; {first} is "
         f"{' and '.join(cases[:NAMED])}; all scans of a patient play one role. If these are "
         "different patients, set data.patients_by_name=False"
     ]

@@ -7,9 +7,9 @@ slice; the mean runs over pixels and classes. arXiv:1703.01780 (Tarvainen and Va
 
 Settings that matter: the weight, 0.1, and its ramp r; noise = clip(normal(0, 0.1), +-0.2), added to
 what the teacher sees alone; `optimizer.ema_decay`, 0.99 where it is published: 0, which would make
-the teacher the network itself, is refused. These are the settings of the usual program for medical slices; the paper
-itself gives student and teacher noise alike, and a weight of 100. Published programs leave the
-term out at first; here a supervised stage comes first.
+the teacher the network itself, is refused. These are the settings of the usual program for medical
+slices; the paper itself gives student and teacher noise alike, and a weight of 100. Published
+programs leave the term out at first; here a supervised stage comes first.
 """
 
 from typing import Any

@@ -97,8 +97,8 @@ def _largest_component(run: RecordedRun) -> str:
         )
     return (
         " Largest component’s Dice: test Dice if of classes that are one piece in all labelled "
-        "masks the largest connected component alone were kept; lclseg.predict keeps all, as the "
-        "config says."
+        "masks the largest connected component alone were kept; for this run lclseg.predict keeps "
+        "every one."
     )
 
 
