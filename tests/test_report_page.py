@@ -328,7 +328,7 @@ def test_largest_components_stand_beside_the_rest(tmp_path, results, kept, words
     workdir = write_run(tmp_path / "run", results)
     (workdir / "postprocessing.json").write_text(json.dumps({"largest_component": kept}))
     read = Page(one_run.page(read_run(workdir, "run")))
-    column = [row["largest component’s Dice"] for row in read.table("stage")]
+    column = [row["one-piece Dice"] for row in read.table("stage")]
     assert column == ["0.875", "0.875", "-"]
     assert [row["test Dice"] for row in read.table("stage")] == ["0.350", "0.550", "0.450"]
     assert words in read.text

@@ -63,7 +63,7 @@ def _summary(run: RecordedRun) -> Iterator[str]:
     rows = [[named(s), *tables.stage_cells(stages, s, classes, ".3f")] for s in stages]
     tried = any("largest_component" in result["test"] for result in stages.values())
     if tried:
-        head.append("largest component’s Dice")
+        head.append("one-piece Dice")
         for row, result in zip(rows, stages.values(), strict=True):
             row.append(tables.largest_component_cell(result, ".3f"))
     yield table(head, rows, marked)
@@ -92,11 +92,11 @@ def _largest_component(run: RecordedRun) -> str:
     kept = run.keeps_largest
     if kept:
         return (
-            f" Largest component’s Dice: test Dice where of {text(', '.join(kept))} the largest "
+            f" One-piece Dice: test Dice where of {text(', '.join(kept))} the largest "
             "connected component alone is kept, as lclseg.predict does; all else is without."
         )
     return (
-        " Largest component’s Dice: test Dice if of classes that are one piece in all labelled "
+        " One-piece Dice: test Dice if of classes that are one piece in all labelled "
         "masks the largest connected component alone were kept; for this run lclseg.predict keeps "
         "every one."
     )
