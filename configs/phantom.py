@@ -22,10 +22,13 @@ patients, table, all_but = lists["patients"], lists["table"], lists["all_but"]
 IDS = "phantom_{:03d}"
 
 POOL = patients(IDS, "0-43")
+# Volumes of the pool on which a baseline was as good as on the pool's average (0.80). On an easy pair
+# (0.93) every model is good, and validation tells none apart.
+TYPICAL = {"c1": "12 28", "c2": "5 24", "c3": "19 42"}
 # num_labeled: split: (labelled, validation)
 SPLITS = {
-    "1": {"c1": ("0", "40 41"), "c2": ("1", "42 43"), "c3": ("2", "38 39")},
-    "2": {"c1": ("0 3", "40 41"), "c2": ("1 4", "42 43"), "c3": ("2 5", "38 39")},
+    "1": {"c1": ("0", TYPICAL["c1"]), "c2": ("1", TYPICAL["c2"]), "c3": ("2", TYPICAL["c3"])},
+    "2": {"c1": ("0 3", TYPICAL["c1"]), "c2": ("1 4", TYPICAL["c2"]), "c3": ("2 6", TYPICAL["c3"])},
 }
 
 
@@ -40,6 +43,6 @@ def get_config(method: str = "self_training") -> ConfigDict:
     data.test_patients = patients(IDS, "44-63")
     pairs = {c: pair for c, (_, pair) in SPLITS["1"].items()}
     data.splits = table(IDS, SPLITS) | {"all": all_but(IDS, POOL, pairs)}
-    # Smaller batches than the paper's: the run has ten minutes on two cores.
+    # The run has ten minutes on two cores.
     short["shorten"](config, 8)
     return config

@@ -12,9 +12,16 @@ import pytest
 jax.config.update("jax_num_cpu_devices", 4)
 # Every broadcast between different ranks must be spelled out.
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# A program that several tests compile is compiled once per session.
-_CACHE = tempfile.TemporaryDirectory(prefix="lclseg-test-cache-")
-jax.config.update("jax_compilation_cache_dir", _CACHE.name)
+# Most of the time of the tests is XLA's. A program that several tests compile is compiled once per
+# session, whichever worker of pytest-xdist needs it: they inherit the controller's environment.
+CACHE = "LCLSEG_TEST_CACHE"
+if CACHE not in os.environ:
+    _folder = tempfile.TemporaryDirectory(prefix="lclseg-test-cache-")
+    os.environ[CACHE] = _folder.name
+jax.config.update("jax_compilation_cache_dir", os.environ[CACHE])
+# Programs run once or twice here: XLA's costly passes take longer than they save. Programs of
+# processes that tests start, and of CI's run in short, are compiled as ever.
+jax.config.update("jax_disable_most_optimizations", True)
 
 
 # A compiled program takes some of the 65530 memory maps that Linux grants a process; without them

@@ -20,7 +20,7 @@ def get_config():
     data = config.data
     data.data_dir = {data_dir!r}
     data.image_size, data.target_spacing_mm = 32, 4.0
-    data.unlabeled = ("phantom_010", "phantom_011", "phantom_012")
+    data.unlabeled = ("phantom_010", "phantom_011", "phantom_013")
     data.test = ("phantom_044", "phantom_045")
     data.labeled_batch_size = 4
     config.method.pairs.update(labeled_self=1, pseudo_self=1, labeled_pseudo=1, pseudo_pseudo=1)

@@ -32,15 +32,22 @@ def sweep(tmp_path):
 
 
 def fake_result(*dices, chosen="baseline"):
-    """One test Dice per stage."""
+    """One test Dice per stage; with the largest component 0.02 more, of the chosen weights less."""
     names = ["baseline", *(f"round_{n}" for n in range(1, len(dices)))]
+
+    def scores(dice):
+        return {
+            "mean_dice": dice,
+            "dice_per_class": {"RV": dice - 0.1, "LV": dice + 0.1},
+            "mean_hausdorff95_mm": 10 * dice,
+        }
+
     stages = {
         name: {
-            "test": {
-                "mean_dice": dice,
-                "dice_per_class": {"RV": dice - 0.1, "LV": dice + 0.1},
-                "mean_hausdorff95_mm": 10 * dice,
-            }
+            "test": scores(dice - 0.05),
+            "test_last": scores(dice) | {"largest_component": scores(dice + 0.02)},
+            "seconds": {"train": 60.0, "validate": 7.0},
+            "slices": 2000,
         }
         for name, dice in zip(names, dices, strict=True)
     }
@@ -94,16 +101,19 @@ def test_table_by_hand(sweep):
     }
     lines = sweeps.markdown(sweep, results).splitlines()
     assert lines[0] == (
-        "| row | runs | test Dice | stage chosen | gain over supervised | RV | LV | HD95 |"
+        "| row | runs | last weights | largest component | gain over supervised | chosen | RV | LV "
+        "| HD95 | HD95, largest component | seconds | 1000 slices |"
     )
     # t(0.975, 1) = 12.7062, times half the difference of two values.
     assert lines[2:5] == [
-        "| supervised | 2 | 0.750 ± 0.635 | 0.750 ± 0.635 |  | 0.650 | 0.850 | 7.50 |",
-        "| inter, 3 anchors | 2 | 0.810 ± 0.762 | 0.675 ± 0.953 | +0.060 ± 0.127 "
-        "| 0.710 | 0.910 | 8.10 |",
-        "| every pixel | 1 | 0.900 | 0.600 | +0.100 | 0.800 | 1.000 | 9.00 |",
+        "| supervised | 2 | 0.750 ± 0.635 | 0.770 ± 0.635 |  | 0.700 ± 0.635 | 0.670 | 0.870 "
+        "| 7.5 | 7.7 | 60 | 2.0 |",
+        "| inter, 3 anchors | 2 | 0.810 ± 0.762 | 0.830 ± 0.762 | +0.060 ± 0.127 | 0.625 ± 0.953 "
+        "| 0.730 | 0.930 | 8.1 | 8.3 | 120 | 4.0 |",
+        "| every pixel | 1 | 0.900 | 0.920 | +0.100 | 0.550 | 0.820 | 1.020 "
+        "| 9.0 | 9.2 | 120 | 4.0 |",
     ]
-    assert "| inter, 3 anchors | c2 | 7 | 0.600 -> 0.870 | baseline |" in lines
+    assert "| inter, 3 anchors | c2 | 7 | 0.620 -> 0.890 | baseline |" in lines
     assert len([line for line in lines if line.startswith("| every pixel")]) == 2
 
 

@@ -142,6 +142,43 @@ def strip_chart(
     return _svg((0.6 + 0.6 * num_places, 2.3), draw)
 
 
+def row_chart(rows: Mapping[str, Sequence[Sequence[float | None]]]) -> str:
+    """Rows of points along one axis: a small one for each value, a large one for each list's mean.
+
+    A bar and a number stand at the mean of the means.
+
+    Args:
+      rows: by name, lists of values: of Dice, of a run's volumes.
+    """
+
+    def draw(figure):
+        axes = figure.subplots()
+        rng = np.random.default_rng(0)
+        for place, lists in enumerate(rows.values()):
+            means = []
+            for own in lists:
+                values = np.array([v for v in own if v is not None], float)
+                shift = rng.uniform(-0.28, 0.28, len(values))
+                axes.plot(values, place + shift, "o", color=MUTED, markersize=1.8, alpha=0.3)
+                if len(values):
+                    means.append(values.mean())
+            if not means:
+                continue
+            axes.plot(means, np.full(len(means), place), "o", color=SERIES[0], markersize=5)
+            mean = float(np.mean(means))
+            axes.plot([mean, mean], [place - 0.32, place + 0.32], color=INK, linewidth=2)
+            axes.text(1.015, place, f"{mean:.3f}", va="center", fontsize=9, clip_on=False)
+        axes.set_yticks(range(len(rows)), list(rows))
+        axes.tick_params(length=0, labelsize=9)
+        axes.grid(axis="x")
+        axes.grid(visible=False, axis="y")
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.set_xlim(None, 1.01)
+        axes.set_xlabel("Dice")
+
+    return _svg((7.5, 0.6 + 0.32 * len(rows)), draw)
+
+
 def overlay(image: np.ndarray, *, filled: np.ndarray | None, outlined: np.ndarray | None) -> str:
     """A slice with one labelling as areas and one as outlines, class k in colour k - 1.
 

@@ -71,6 +71,30 @@ def _predictions(run: RecordedRun, prepared: PreparedSet, volume_id: str) -> Ite
     yield _overlays(image[shown], truth[shown], [label[shown] for label in labels], captions)
 
 
+def side_by_side(runs: Mapping[str, RecordedRun], volume_id: str) -> Iterator[str]:
+    """A test volume by the last weights of several runs' last stages, each under its name."""
+    run = next(iter(runs.values()))
+    if run.prepared is None or volume_id not in run.prepared.volumes:
+        yield note(f"No pictures: {run.why_no_pictures or 'the volume is not prepared'}.")
+        return
+    image, truth = run.prepared.read_slices(run.prepared.volumes[volume_id].slices)
+    labels, captions = [], []
+    for name, own in runs.items():
+        stage = list(own.stages)[-1]
+        folders = (own.workdir / folder / stage for folder in ("predictions_last", "predictions"))
+        # The last weights are tested apart where they are not the chosen ones.
+        path = next((p for f in folders if (p := f / f"{volume_id}.nii.gz").exists()), None)
+        if path is None:
+            continue
+        labels.append(_read_prediction(run.prepared, volume_id, path))
+        dice = own.stages[stage]["test_last"]["per_volume"][volume_id]["mean_dice"]
+        captions.append(f"<b>{text(name)}</b> Dice {number(dice, '.2f')}")
+    shown = int(np.count_nonzero(truth, axis=(1, 2)).argmax())
+    yield _legend(run, "truth", "prediction")
+    slices = [label[shown] for label in labels]
+    yield _overlays(grid.first_channel(image)[shown], truth[shown], slices, captions)
+
+
 def changed_pictures(run: RecordedRun) -> Iterator[str]:
     """The volumes whose pseudo-labels changed most from one round to the next, by all rounds."""
     if run.prepared is None:
