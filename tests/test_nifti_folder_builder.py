@@ -742,7 +742,7 @@ def test_a_run_that_learns_from_both_of_two_masks(tmp_path):
     config = config_of(
         folder, data_dir=str(tmp_path / "prepared"), labeled_batch_size=4, num_validation=0
     )
-    config.method.pairs.update(labeled_self=1, pseudo_self=1, labeled_pseudo=1, pseudo_pseudo=1)
+    config.data.unlabeled_batch_size = 4
     config.model.filters = (4, 4)
     config.rounds.update(baseline_steps=3, steps_per_round=2, num_rounds=1, eval_every=2)
     config.rounds.batch_norm_batches = 1
@@ -782,7 +782,7 @@ def test_a_run_with_two_masks(tmp_path):
 
     def run():
         config = config_of(folder, data_dir=str(tmp_path / "prepared"), labeled_batch_size=4)
-        config.method.pairs.update(labeled_self=1, pseudo_self=1, labeled_pseudo=1, pseudo_pseudo=1)
+        config.data.unlabeled_batch_size = 4
         config.model.filters = (4, 4)
         config.rounds.update(baseline_steps=2, steps_per_round=2, num_rounds=1, eval_every=2)
         config.rounds.batch_norm_batches = 0

@@ -45,8 +45,7 @@ def write_case(folder, number, *, with_mask):
 def config_of(folder, data_dir, **rounds):
     config = runpy.run_path(str(ROOT / "configs" / "nifti_folder.py"))["get_config"]()
     config.data.manual_dir, config.data.data_dir = str(folder), str(data_dir)
-    config.data.update(labeled_batch_size=4, num_labeled="1")
-    config.method.pairs.update(labeled_self=1, pseudo_self=1, labeled_pseudo=1, pseudo_pseudo=1)
+    config.data.update(labeled_batch_size=4, unlabeled_batch_size=4, num_labeled="1")
     config.model.filters = (4, 4)
     config.rounds.update(baseline_steps=12, steps_per_round=2, num_rounds=1, eval_every=6)
     config.rounds.batch_norm_batches = 1
