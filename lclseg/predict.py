@@ -418,11 +418,11 @@ def predict_files(
     how = models[0].preprocessing
     cleaned = classes_to_clean(models, largest)
     names = [how.class_names[k - 1] for k in cleaned]
+    for warning in check_cases(cases, how):
+        print(f"lclseg: WARNING: {warning}", file=sys.stderr)
     if names:
         told = f"lclseg: of {', '.join(names)} the largest component is kept"
         print(f"{told}; --largest_component=no keeps all", file=sys.stderr)
-    for warning in check_cases(cases, how):
-        print(f"lclseg: WARNING: {warning}", file=sys.stderr)
     summary = segment(
         mean_predictor(models),
         how,

@@ -675,6 +675,29 @@ def empty_test(data: ConfigDict) -> SplitError | None:
     return empty_masks("test", [s.case_id for s in surveys])
 
 
+def unseen_values(data: ConfigDict, shown: Mapping[int, Sequence[str]]) -> list[str]:
+    """Warnings of label values in masks that `complete` does not look at; chooses nothing.
+
+    Args:
+      data: of a complete config.
+      shown: cases by label value, of all masks.
+    """
+    files = find_cases(Path(data.manual_dir).expanduser(), data.exclude)
+    patient = _patients(data, files)
+    seen = {*data.labeled, *data.validation}
+    lines = []
+    for value, cases in sorted(shown.items()):
+        if value in (data.ignore_value, *data.label_values) or {patient[c] for c in cases} & seen:
+            continue
+        lines.append(
+            f"value {value}: in the masks of {', '.join(cases[:NAMED])} alone "
+            f"({len(cases)} in all), which are neither learnt from nor for validation; it counts "
+            "as background. If it is a class, name cases that show it in data.labeled, or draw "
+            "anew with another data.draw_seed"
+        )
+    return lines
+
+
 def _check_pool(data: ConfigDict, turned: Sequence[Survey], patient: Mapping[str, str]) -> None:
     """Raises SplitError where the rounds have too few slices to make pairs of."""
     taken = {p for role in ("labeled", "validation", "test") for p in data[role]}
@@ -683,8 +706,8 @@ def _check_pool(data: ConfigDict, turned: Sequence[Survey], patient: Mapping[str
     slices = sum(s.shape[2] for s in members)
     if slices < 2:
         raise SplitError(
-            f"slices in the unlabelled pool: {slices}, of {len(members)} cases; wanted at least 2, "
-            "to make pairs of: add images, or set rounds.num_rounds=0 for supervised training alone"
+            f"slices in the unlabelled pool: {slices}; wanted at least 2, to draw from: add "
+            "images, or set rounds.num_rounds=0 for supervised training alone"
         )
 
 
