@@ -338,6 +338,17 @@ def test_runs_that_tested_no_largest_component_have_no_such_column(full):
     assert "argest component" not in Page(full).text
 
 
+def test_a_run_without_test_volumes_says_so_once(tmp_path, results):
+    """As of own data with two or three masks: no columns and charts of nothing."""
+    for result in results["results"].values():
+        result["test"] |= {"per_volume": {}, "mean_dice": None, "n_volumes": 0}
+    page = one_run.page(read_run(write_run(tmp_path / "run", results), "run"))
+    rows = Page(page).table("stage")
+    assert [list(row) for row in rows] == [["stage", "validation Dice"]] * 3
+    assert [row["validation Dice"] for row in rows] == ["0.600", "0.800", "0.700"]
+    assert page.count("no test volumes") == 1 and "Dice of each test volume" not in page
+
+
 def test_other_tables(full):
     read = Page(full)
     by_volume = read.table("volume")

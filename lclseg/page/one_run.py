@@ -48,16 +48,32 @@ def sections(run: RecordedRun, level: int) -> Iterator[str]:
     if run.stages:
         yield section(level, "Summary", *_summary(run))
     yield section(level, "Learning curves", *_curves(run))
-    if run.stages:
+    if _is_tested(run):
         yield section(level, "Dice of each test volume", *_test_volumes(run))
         yield section(level, "Test volumes: truth and prediction", *test_pictures(run))
     yield section(level, "Pseudo-labels", *_pseudo_labels(run))
     yield section(level, "Origin", *_origin(run))
 
 
+def _is_tested(run: RecordedRun) -> bool:
+    """Of own data with few masks none may be left to test on."""
+    return any(result["test"]["per_volume"] for result in run.stages.values())
+
+
 def _summary(run: RecordedRun) -> Iterator[str]:
     stages, classes = run.stages, run.classes
     marked = [list(stages).index(run.chosen)]
+    validated = stages[run.chosen]["best_validation_dice"] is not None
+    why = "the best on validation volumes" if validated else "the last, since no volume validates"
+    if not _is_tested(run):
+        dice = [[named(s), tables.stage_cells(stages, s, (), ".3f")[0]] for s in stages]
+        yield table(["stage", "validation Dice"], dice, marked)
+        yield (
+            "<p>Mean over validation volumes, in native geometry. "
+            f"Marked: {text(named(run.chosen))}, {why}. "
+            "There are no test volumes, so nobody knows how good it is on others.</p>"
+        )
+        return
     head = ["stage", "validation Dice", "test Dice", "gain", *(f"{c} Dice" for c in classes)]
     head += ["HD95 mm", "ASSD mm", "missed", "last weights’ Dice"]
     rows = [[named(s), *tables.stage_cells(stages, s, classes, ".3f")] for s in stages]
@@ -67,8 +83,6 @@ def _summary(run: RecordedRun) -> Iterator[str]:
         for row, result in zip(rows, stages.values(), strict=True):
             row.append(tables.largest_component_cell(result, ".3f"))
     yield table(head, rows, marked)
-    validated = stages[run.chosen]["best_validation_dice"] is not None
-    why = "the best on validation volumes" if validated else "the last, since no volume validates"
     yield (
         "<p>Means over test volumes, in native geometry. "
         f"Marked: {text(named(run.chosen))}, {why}. "
