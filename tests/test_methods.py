@@ -325,10 +325,10 @@ def _compiled_once():
     """All runs of a method share their programs: they differ in nothing that is compiled."""
     compile_programs, compiled_predict = setup.compile_programs, devices.compiled_predict
 
-    def shared_programs(config, model, terms, views, method, num_steps):
-        name = (config.method.name, terms is method.terms)
+    def shared_programs(config, model, method, num_steps):
+        name = (config.method.name, method.sampler is None)
         if name not in PROGRAMS:
-            PROGRAMS[name] = compile_programs(config, model, terms, views, method, num_steps)
+            PROGRAMS[name] = compile_programs(config, model, method, num_steps)
         return PROGRAMS[name]
 
     shared_predict = functools.cache(lambda filters: compiled_predict(UNet(4, filters)))
