@@ -5,8 +5,8 @@ one line for each problem: file, found, wanted, way out; then what would be prop
 Exit code 1 if there is a problem. Layouts: see `layouts.find_files`.
 """
 
+import collections
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -56,27 +56,35 @@ def check_folder(folder: Path, num_classes: int | None = None) -> Report:
     except UserError as error:
         problems += str(error).splitlines()
     files = find_files(folder) if folder.is_dir() else []
+    shown: dict[int, list[str]] = collections.defaultdict(list)  # cases by label value
     for case in tqdm(files, "checking", disable=None, leave=False):
-        problems += [p for p in problems_of_case(case, num_classes) if p not in problems]
+        found, values = look_at_case(case, num_classes)
+        problems += [p for p in found if p not in problems]
+        for value in values:
+            shown[value].append(case.case_id)
     if not problems and (empty := own_data.empty_test(whole.data)):
         problems.append(str(empty))
+    if not problems:
+        unseen = own_data.unseen_values(whole.data, shown)
+        proposal = "\n".join([proposal, *(f"  WARNING: {w}" for w in unseen)])
     return Report(tuple(problems), "" if problems else proposal)
 
 
-def problems_of_case(case: Files, num_classes: int | None = None) -> Iterator[str]:
-    """Yields the problems of an image and its label, a line each."""
-    values = tuple(range(1, num_classes or 2))
-    how = Preprocessing((), values, False, 1, 1.0, 0, None, channels=case.numbers)
+def look_at_case(case: Files, num_classes: int | None = None) -> tuple[list[str], list[int]]:
+    """The problems of an image and its label, a line each; and the values of the label, but 0."""
+    how = Preprocessing((), (), False, 1, 1.0, 0, None, channels=case.numbers)
     try:
-        _, others = preprocess.read_case(case, how)
+        _, found = preprocess.read_case(case, how)
     except VolumeError as error:
-        yield from str(error).splitlines()
-        return
-    if num_classes is not None and others:
-        yield (
-            f"{case.label}: found label values {', '.join(f'{v:g}' for v in others)}; wanted whole "
-            f"numbers 0..{num_classes - 1}: mend the file, or give another --num_classes"
-        )
+        return str(error).splitlines(), []
+    values = [int(v) for v in found]
+    others = [v for v in values if num_classes is not None and v >= num_classes]
+    if not others:
+        return [], values
+    return [
+        f"{case.label}: found label values {', '.join(map(str, others))}; wanted whole "
+        f"numbers 0..{num_classes - 1}: mend the file, or give another --num_classes"
+    ], values
 
 
 def main(argv):

@@ -75,7 +75,7 @@ def to_native_label(prepared: PreparedSet, volume_id: str, probs: np.ndarray) ->
 def classes_in_one_piece(prepared: PreparedSet, volume_ids: Sequence[str]) -> tuple[int, ...]:
     """The classes that are one piece in the masks of all these volumes; see `one_piece`."""
     masks = (prepared.read_native(volume_id).label for volume_id in volume_ids)
-    return one_piece([m for m in masks if m is not None], prepared.num_classes)
+    return one_piece([m for m in masks if m is not None], range(1, prepared.num_classes))
 
 
 def without_ignored(label: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

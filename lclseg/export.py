@@ -23,8 +23,7 @@ from lclseg import model_files
 from lclseg.data import preprocess
 from lclseg.data.preprocess import Preprocessing, is_whole
 from lclseg.errors import in_words
-from lclseg.model_files import ModelError, TrainedModel
-from lclseg.models import ProjectionHead
+from lclseg.model_files import ModelError, TrainedModel, class_numbers, kept_largest
 from lclseg.page import tables
 from lclseg.run import devices
 from lclseg.run.config_checks import CHOICES
@@ -32,9 +31,8 @@ from lclseg.run.workdir import write_json
 
 MODEL_FILE, PARAMETERS_FILE, CARD_FILE = "model.json", "parameters.npz", "README.md"
 FORMAT = "lclseg model"
-# Of the folder; rises when an older lclseg would read it wrongly. Version 1 held a projection head
-# as well, which is checked like all the rest and left out.
-VERSION, READABLE = 2, (1, 2)
+# Of the folder; rises when an older lclseg would read it wrongly. Version 2 kept every component.
+VERSION, READABLE = 3, (2, 3)
 MAX_BATCH, MAX_FILTERS, MAX_LEVELS = 4096, 2**14, 12
 MAX_JSON_BYTES = 2**20
 
@@ -47,6 +45,7 @@ WANTED = {
     "preprocessing": (lambda v: isinstance(v, dict), "an object"),
     "architecture": (lambda v: isinstance(v, dict), "an object"),
     "batch_size": (lambda v: is_whole(v, 1, MAX_BATCH), f"1..{MAX_BATCH}"),
+    "largest_component": (lambda v: isinstance(v, list), "a list of names of classes"),
     "facts": (lambda v: _are_facts(v), "an object with dataset, stage, step, validation_dice"),
 }
 WANTED_ARCHITECTURE = {
@@ -55,9 +54,6 @@ WANTED_ARCHITECTURE = {
         lambda v: isinstance(v, str) and v in CHOICES["model.dtype"],
         " or ".join(CHOICES["model.dtype"]),
     ),
-}
-WANTED_PROJECTION = {
-    "embedding_dim": (lambda v: is_whole(v, 1, MAX_FILTERS), f"1..{MAX_FILTERS}"),
 }
 
 
@@ -94,6 +90,7 @@ def write_model(model: TrainedModel, folder: Path) -> None:
         "preprocessing": preprocess.to_json(model.preprocessing),
         "architecture": model.architecture,
         "batch_size": model.batch_size,
+        "largest_component": kept_largest(model),
         "facts": model.facts,
     }
     write_json(folder / MODEL_FILE, content)
@@ -120,11 +117,11 @@ def read_model(folder: Path) -> TrainedModel:
             preprocess.check_values(
                 {k: v for k, v in content.items() if k in first}, first, str(path)
             )
+            content.setdefault("largest_component", [])  # version 2 has none
         preprocess.check_values(content, WANTED, str(path))
         how = preprocess.from_json(content["preprocessing"], f"{path}, preprocessing")
         architecture = content["architecture"]
-        wanted = WANTED_ARCHITECTURE | (WANTED_PROJECTION if content["version"] == 1 else {})
-        preprocess.check_values(architecture, wanted, f"{path}, architecture")
+        preprocess.check_values(architecture, WANTED_ARCHITECTURE, f"{path}, architecture")
     except ValueError as error:
         raise ModelError(str(error)) from error
     multiple = 2 ** (len(architecture["filters"]) - 1)
@@ -138,8 +135,9 @@ def read_model(folder: Path) -> TrainedModel:
     return TrainedModel(
         source=folder,
         preprocessing=how,
-        architecture={name: architecture[name] for name in WANTED_ARCHITECTURE},
+        architecture=architecture,
         batch_size=content["batch_size"],
+        largest_component=class_numbers(content["largest_component"], how, str(path)),
         state=model_files.inference_state(tree["params"], tree["batch_stats"]),
         facts=content["facts"],
     )
@@ -148,9 +146,6 @@ def read_model(folder: Path) -> TrainedModel:
 def _wanted_leaves(how: Preprocessing, architecture: dict) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes and types of all parameters and statistics by name; nothing is computed."""
     unet = model_files.unet(how, architecture)
-    if "embedding_dim" in architecture:
-        head = functools.partial(ProjectionHead, architecture["embedding_dim"])
-        unet = unet.clone(heads={"projection": head})
     slices = jax.ShapeDtypeStruct(
         (1, how.image_size, how.image_size, how.num_channels), jnp.float32
     )
@@ -235,24 +230,34 @@ def model_card(model: TrainedModel) -> str:
         f"in-plane resampling to {spacing} x {spacing} mm",
         f"cropped or padded to {how.image_size} x {how.image_size} pixels about the centre",
     ]
-    scores = "\n".join(
-        f"| {name} | {value} | {tables.number(test and test['dice_per_class'][name], '.4f')} |"
-        for name, value in zip(how.class_names, how.label_values, strict=True)
-    )
+    kept = kept_largest(model)
+    # Where none is kept, a run has tested what it would bring; that is not this model.
+    cleaned = test and kept and test.get("largest_component")
+    summaries = [test, cleaned] if cleaned else [test]
+    rows = [
+        ["class", "label value", "test Dice", "with the largest component"][: 2 + len(summaries)]
+    ]
+    rows += [["---"] * len(rows[0])]
+    for name, value in zip(how.class_names, how.label_values, strict=True):
+        dice = [tables.number(s and s["dice_per_class"][name], ".4f") for s in summaries]
+        rows.append([name, str(value), *dice])
+    scores = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     before = "\n".join(f"* {t}" for t in transforms if t)
+    after = ""
+    if kept:
+        after = (
+            f"\nOf {', '.join(kept)} it keeps the largest connected component alone; with\n"
+            "--largest_component=no it keeps every component."
+        )
     method = "supervised"
     if facts["stage"] != "baseline":
         method = f"semi-supervised by the method {facts.get('method', 'local_contrastive')}"
     if test is None:
         tested = "This checkpoint has not been tested."
     else:
-        tested = (
-            f"Test, {test['n_volumes']} volumes, 3-D, native geometry: mean Dice "
-            f"{tables.number(test['mean_dice'], '.4f')}, HD95 "
-            f"{tables.number(test['mean_hausdorff95_mm'], '.2f')} mm, ASSD "
-            f"{tables.number(test['mean_assd_mm'], '.2f')} mm; {test['n_missed']} class-volume "
-            "pairs missed."
-        )
+        tested = f"Test, {test['n_volumes']} volumes, 3-D, native geometry: {_means_of(test)}."
+    if cleaned:
+        tested += f"\nWith the largest component of {', '.join(kept)}: {_means_of(cleaned)}."
     if facts["validation_dice"] is None:
         chosen = "Not validated: these are the last weights of the stage."
     else:
@@ -278,15 +283,13 @@ Split {facts["split"]}, seed {facts["seed"]}; stage {facts["stage"]}, step {fact
 {chosen}
 {tested}
 
-| class | label value | test Dice |
-|---|---|---|
 {scores}
 
 ## Before the network
 
 {before}
 
-lclseg.predict does it, and brings the result back onto the input.
+lclseg.predict does it, and brings the result back onto the input.{after}
 
 ## Intended use
 
@@ -308,6 +311,15 @@ lclseg is Apache-2.0. These weights were learnt from the data named above: its t
 only, share-alike, no redistribution, ...) may bind them too, and weights can tell of the patients
 they were learnt from. Look at the terms before you pass this folder on.
 """
+
+
+def _means_of(summary: dict) -> str:
+    return (
+        f"mean Dice {tables.number(summary['mean_dice'], '.4f')}, HD95 "
+        f"{tables.number(summary['mean_hausdorff95_mm'], '.2f')} mm, ASSD "
+        f"{tables.number(summary['mean_assd_mm'], '.2f')} mm; {summary['n_missed']} class-volume "
+        "pairs missed"
+    )
 
 
 @in_words()

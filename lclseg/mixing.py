@@ -21,6 +21,19 @@ def box_mask(top: Array, left: Array, height: Array, width: Array, shape: tuple[
     return ~(inside_rows & inside_columns)
 
 
+def partners(*sizes: int) -> list[Array]:
+    """Which slice of each group goes into each mixture, where groups may differ in size.
+
+    By their share of the batch: the same on one device and on several. Of a smaller group each
+    slice is mixed several times.
+
+    Returns:
+      [n] indices of each group, n the size of the largest.
+    """
+    number = max(sizes)
+    return [jnp.arange(number) * size // number for size in sizes]
+
+
 def copy_paste_mask(key: Array, shape: tuple[int, int], *, share: float = 2 / 3) -> Array:
     """The mask of bidirectional copy-paste (BCP): all but a box of `share` of each side.
 

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +36,7 @@ class TrainedModel(NamedTuple):
       preprocessing: what a volume goes through before it, and what its classes are called.
       architecture: {"filters": [...], "dtype": str} of the U-Net.
       batch_size: slices at once.
+      largest_component: classes of which a prediction keeps the largest component alone.
       state: averaged weights and BatchNorm's statistics of trunk and segmentation head; nothing
         that only training needs. Of several networks those of the first.
       facts: JSON-ready, where the model comes from: see `_facts`.
@@ -45,6 +46,7 @@ class TrainedModel(NamedTuple):
     preprocessing: Preprocessing
     architecture: dict
     batch_size: int
+    largest_component: tuple[int, ...]
     state: steps.TrainState
     facts: dict
 
@@ -132,6 +134,7 @@ def load_run(workdir: Path, stage: str | None = None) -> TrainedModel:
         preprocessing=how,
         architecture=architecture,
         batch_size=config.data.eval_batch_size,
+        largest_component=_largest_component(workdir, how),
         state=inference_state(state.ema_params, state.batch_stats),
         facts=_facts(workdir, config, stage, step, dice),
     )
@@ -209,13 +212,44 @@ def _preprocessing(workdir: Path, config: ConfigDict) -> Preprocessing:
     return preprocessing_of(builder)
 
 
+def class_numbers(names: Any, how: Preprocessing, source: str) -> tuple[int, ...]:
+    """The classes 1, 2, ... of which a file says that the largest component is kept.
+
+    Raises:
+      ModelError: not a list of different names of classes.
+    """
+    known = how.class_names
+    right = isinstance(names, list) and all(n in known for n in names)
+    if not right or len(set(names)) != len(names):
+        raise ModelError(
+            f"{source}: largest_component is {names!r}; wanted a list of some of the classes "
+            f"{', '.join(known)}, each once: mend it, or [] to keep every component"
+        )
+    return tuple(sorted(known.index(n) + 1 for n in names))
+
+
+def kept_largest(model: TrainedModel) -> list[str]:
+    """The names of the classes of which a model's predictions keep the largest component."""
+    return [model.preprocessing.class_names[k - 1] for k in model.largest_component]
+
+
+def _largest_component(workdir: Path, how: Preprocessing) -> tuple[int, ...]:
+    """What the run recorded; none of a run that did not yet do so."""
+    path = workdir / "postprocessing.json"
+    content = read_json(path)
+    if content is None:
+        return ()
+    names = content.get("largest_component") if isinstance(content, dict) else content
+    return class_numbers(names, how, str(path))
+
+
 def _facts(workdir: Path, config: ConfigDict, stage: str, step: int, dice: float | None) -> dict:
     """Where a model comes from.
 
     Keys: "dataset", "description", "stage", "step", "validation_dice" (None: not validated),
     "num_labeled", "split", "seed", "method"; "num_volumes", {role: int}, and "versions", None
-    before the run's first test; "test", its means (see `metrics.summarize`, without volumes), None
-    where this checkpoint is not tested.
+    before the run's first test; "test", its means (see `evaluation.evaluate`, without volumes),
+    None where this checkpoint is not tested.
     """
     results = read_json(workdir / "results.json") or {}
     tested = results.get("results", {}).get(stage, {})
@@ -225,7 +259,7 @@ def _facts(workdir: Path, config: ConfigDict, stage: str, step: int, dice: float
         test = tested["test_last"]
     elif dice is not None and dice == tested.get("best_validation_dice"):
         test = tested["test"]
-    test = test and {k: v for k, v in test.items() if k != "per_volume"}
+    test = test and _means(test)
     volumes = results.get("volumes")
     return {
         "dataset": config.data.name,
@@ -240,4 +274,13 @@ def _facts(workdir: Path, config: ConfigDict, stage: str, step: int, dice: float
         "num_volumes": volumes and {role: len(ids) for role, ids in volumes.items()},
         "versions": results.get("versions"),
         "test": test,
+    }
+
+
+def _means(summary: dict) -> dict:
+    """Without what tells of single volumes, whose ids are patients'; likewise within."""
+    return {
+        key: _means(value) if key == "largest_component" else value
+        for key, value in summary.items()
+        if key != "per_volume"
     }

@@ -17,6 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from lclseg import evaluation, export, metrics, model_files
+from lclseg.components import largest_component
 from lclseg.cores import usable_cores
 from lclseg.data import grid, nifti, orientation, preprocess
 from lclseg.data.layouts import (
@@ -32,7 +33,7 @@ from lclseg.data.layouts import (
 from lclseg.data.nifti import VolumeError
 from lclseg.data.preprocess import Preprocessing
 from lclseg.errors import in_words
-from lclseg.model_files import ModelError, TrainedModel
+from lclseg.model_files import ModelError, TrainedModel, kept_largest
 from lclseg.page import tables
 from lclseg.run import devices, progress
 from lclseg.run.workdir import write_json
@@ -46,6 +47,8 @@ LABEL_NAMES: tuple[Callable[[str], str], ...] = (
 )
 
 
+# Of each class the largest connected component: as the run says, of all classes, of none.
+LARGEST_COMPONENT = ("run", "yes", "no")
 FAR = 3.0  # times the spacings seen in training: told
 FAR_MEDIAN = 0.25  # of the range of intensities, beyond the medians seen in training: told
 
@@ -194,6 +197,26 @@ def load_models(folders: Sequence[Path], stage: str | None = None) -> list[Train
     return models
 
 
+def classes_to_clean(models: Sequence[TrainedModel], choice: str) -> tuple[int, ...]:
+    """Of which classes predictions keep the largest component alone, by `LARGEST_COMPONENT`.
+
+    Raises:
+      ModelError: by "run", where the models say different things.
+    """
+    first = models[0]
+    if choice != "run":
+        return tuple(range(1, len(first.preprocessing.class_names) + 1)) if choice == "yes" else ()
+    for other in models[1:]:
+        if other.largest_component != first.largest_component:
+            of_first, of_other = (", ".join(kept_largest(m)) or "no class" for m in (first, other))
+            raise ModelError(
+                f"{first.source} keeps the largest component of {of_first}, {other.source} of "
+                f"{of_other}; wanted one rule for their mean: set --largest_component=yes (of all "
+                "classes) or no"
+            )
+    return first.largest_component
+
+
 def mean_predictor(models: Sequence[TrainedModel]) -> evaluation.Predict:
     """Maps slices [M, H, W] to the mean of the models' probabilities [M, H, W, C]."""
     predictors = [
@@ -299,6 +322,7 @@ def segment(
     outputs: Outputs,
     *,
     batch_size: int,
+    keep_largest: Sequence[int] = (),
 ) -> dict:
     """Predicts cases and writes the results.
 
@@ -308,6 +332,8 @@ def segment(
       cases: what to segment.
       outputs: see `plan_outputs`.
       batch_size: slices per call of `predict`.
+      keep_largest: classes of which a label keeps the largest component alone; probabilities stay
+        as they are.
 
     Returns:
       Metrics of the cases with a label, see `metrics.summarize`.
@@ -333,6 +359,7 @@ def segment(
             "target_spacing_mm": how.target_spacing_mm,
         }
         label = grid.probs_to_native_label(probs, spacing_mm, **back)
+        label = largest_component(label, keep_largest)
         if outputs.probabilities:
             native_probs = grid.probs_to_native(probs, spacing_mm, **back)
             filed = orientation.to_file(native_probs, turn)
@@ -376,6 +403,7 @@ def predict_files(
     with_probabilities: bool = False,
     labels: Path | None = None,
     stage: str | None = None,
+    largest: str = "run",
 ) -> dict | None:
     """The whole command: checks everything, predicts, writes, and returns metrics if asked for.
 
@@ -388,9 +416,21 @@ def predict_files(
     )
     models = load_models(folders, stage)
     how = models[0].preprocessing
+    cleaned = classes_to_clean(models, largest)
+    names = [how.class_names[k - 1] for k in cleaned]
     for warning in check_cases(cases, how):
         print(f"lclseg: WARNING: {warning}", file=sys.stderr)
-    summary = segment(mean_predictor(models), how, cases, outputs, batch_size=models[0].batch_size)
+    if names:
+        told = f"lclseg: of {', '.join(names)} the largest component is kept"
+        print(f"{told}; --largest_component=no keeps all", file=sys.stderr)
+    summary = segment(
+        mean_predictor(models),
+        how,
+        cases,
+        outputs,
+        batch_size=models[0].batch_size,
+        keep_largest=cleaned,
+    )
     if outputs.metrics is None:
         return None
     described = [
@@ -398,7 +438,7 @@ def predict_files(
         | {k: m.facts[k] for k in ("dataset", "stage", "step", "validation_dice")}
         for m in models
     ]
-    write_json(outputs.metrics, {"models": described, **summary})
+    write_json(outputs.metrics, {"models": described, "largest_component": names, **summary})
     return summary
 
 
@@ -416,6 +456,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         help="volume (NIfTI, MetaImage, NRRD), or folder of them",
     )
     add("--output", type=Path, required=True, help="folder for NAME.nii.gz")
+    add(
+        "--largest_component",
+        choices=LARGEST_COMPONENT,
+        default="run",
+        help="keep of each class the largest connected component alone: as the run says, which is "
+        "of classes that are one piece in all masks learnt from; yes: of all classes; no",
+    )
     add("--probabilities", action="store_true", help="write NAME_probabilities.nii.gz, too")
     add("--labels", type=Path, help="folder of labels: Dice, HD95 and ASSD are computed")
     options = parser.parse_args(argv)
@@ -427,6 +474,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         with_probabilities=options.probabilities,
         labels=options.labels and options.labels.expanduser(),
         stage=options.stage,
+        largest=options.largest_component,
     )
     if summary is not None:
         print(table(summary))

@@ -58,5 +58,11 @@ TEXT = Rule(lambda v: isinstance(v, str), "text")
 NAME = Rule(lambda v: isinstance(v, str) and v != "", "text that is not empty")
 NAMES = each(NAME.holds, "a tuple of texts, none of them empty")
 YES_NO = Rule(lambda v: isinstance(v, bool), "True or False")
+# Of `optimizer.ema_decay`, where the averaged weights are the teacher.
+AVERAGED = Rule(
+    lambda v: is_number(v) and 0 < v < 1,
+    "0 < x < 1, such as 0.99: the averaged weights are this method's teacher, and at 0 they are "
+    "the network itself",
+)
 FACTORS = span(lambda low, high: 0 <= low <= high, "(low, high) with 0 <= low <= high")
 INTERVAL = span(lambda low, high: low < high, "(low, high) with low < high")

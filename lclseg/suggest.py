@@ -17,6 +17,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from lclseg import evaluation, model_files, next_volume, predict
+from lclseg.components import largest_component
 from lclseg.cores import usable_cores
 from lclseg.data import nifti, own_data
 from lclseg.data.dataset import PreparedSet
@@ -132,17 +133,26 @@ def write_masks(
 
     Of own data it has the header of its image and the label values of the other masks, as
     `lclseg.predict` writes it. Of other data sets it has class numbers, as all that a run writes.
+    The largest component is kept of the classes that the run says.
     """
     cases = [files[v] for v in volume_ids if v in files]
     outputs = predict.plan_outputs(cases, folder, with_probabilities=False, with_metrics=False)
     if cases:
-        predict.segment(network, model.preprocessing, cases, outputs, batch_size=model.batch_size)
+        predict.segment(
+            network,
+            model.preprocessing,
+            cases,
+            outputs,
+            batch_size=model.batch_size,
+            keep_largest=model.largest_component,
+        )
     for volume_id in volume_ids:
         if volume_id in files:
             continue
         image, _ = prepared.read_slices(prepared.volumes[volume_id].slices)
         native = prepared.read_native(volume_id)
         label = evaluation.to_native_label(prepared, volume_id, network(image))
+        label = largest_component(label, model.largest_component)
         nifti.write_label(
             folder / f"{volume_id}.nii.gz",
             label,
@@ -202,7 +212,9 @@ def suggest(
     write_json(output / "suggestions.json", {"model": about, "volumes": volumes})
     from lclseg.page import suggestions as page  # here: matplotlib is slow to load
 
-    html = page.page(config, about, prepared, network, suggestions)
+    html = page.page(
+        config, about, prepared, network, suggestions, keep_largest=model.largest_component
+    )
     write_text(output / "suggestions.html", html)
     return suggestions
 

@@ -11,13 +11,12 @@ from pathlib import Path
 import jax
 import numpy as np
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from lclseg import model_files, quality_gate, report, steps
 from lclseg.data import own_data
 from lclseg.label_stream import refinement
 from lclseg.pseudo_labels import PseudoLabels, load_pseudo_labels, make_pseudo_labels
-from lclseg.run import devices, multihost
+from lclseg.run import devices, multihost, progress
 from lclseg.run.config_checks import check_config
 from lclseg.run.predictions import evaluate_state, predictor
 from lclseg.run.programs import Stage, stages
@@ -40,6 +39,7 @@ def finish_stage(run: Run, results: dict, best: Best, pseudo_labels: PseudoLabel
     if results["results"].get(name, {}).get("num_steps") == num_steps:
         return
     started = time.monotonic()
+    choice = run.config.predictions.largest_component
 
     def test(state, folder):
         return evaluate_state(
@@ -48,7 +48,8 @@ def finish_stage(run: Run, results: dict, best: Best, pseudo_labels: PseudoLabel
             run.split.test,
             stoppable=True,
             with_distances=True,
-            one_piece=run.one_piece,
+            # Tested with and without, also where every component is handed out.
+            one_piece=run.classes_in_one_piece("by_masks" if choice == "no" else choice),
             save_to=run.workdir / folder / name if multihost.is_first() else None,
         )
 
@@ -112,7 +113,9 @@ def pseudo_label_pool(
                 predict,
                 run.prepared.read_slices(entry.slices)[0],
             )
-            for volume_id in tqdm(run.split.unlabeled, "gate", disable=None, leave=False)
+            for volume_id in progress.each(
+                run.split.unlabeled, "quality gate", len(run.split.unlabeled), leave=False
+            )
             for entry in [run.prepared.volumes[volume_id]]
         }
     made = make_pseudo_labels(

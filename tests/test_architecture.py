@@ -15,6 +15,7 @@ LEAVES = {
     for name in (
         "augment",
         "components",
+        "components_2d",
         "convolution",
         "cores",
         "crf",

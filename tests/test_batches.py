@@ -11,6 +11,7 @@ from lclseg.data import batches
 from lclseg.data.batches import Pool
 from lclseg.data.dataset import PreparedSet, VolumeEntry
 from lclseg.data.preprocess import Preprocessing
+from lclseg.errors import UserError
 from lclseg.methods import contract
 from lclseg.methods.local_contrastive import Pairs, draw_pairs
 
@@ -167,7 +168,7 @@ def test_as_many_slices_as_asked_for_even_of_no_class(caplog, at_least, num_foun
 
 
 def test_a_pool_that_is_too_small():
-    with pytest.raises(ValueError, match="labelled batch: 6 slices; wanted at least 7"):
+    with pytest.raises(UserError, match="labelled batch: found 6 slices.*at least 7: name more"):
         batches.select_slices(POOL, min_classes=1, at_least=7, role="labelled batch")
 
 

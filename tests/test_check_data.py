@@ -178,6 +178,25 @@ def test_empty_test_masks_alone(folder):
     assert f"the masks of data.test ({', '.join(tested)}) show no class at all" in problem
 
 
+def test_values_of_masks_that_no_run_looks_at(folder):
+    """Of five masks two learn and one validates; a class that only the others show is told."""
+    for n in range(2, 5):
+        write(folder / "images" / f"case{n}.nii.gz", image(n))
+        write(folder / "labels" / f"case{n}.nii.gz", label())
+    proposal = check_data.check_folder(folder).proposal
+    assert "WARNING: value" not in proposal
+    unseen = next(f"case{n}" for n in range(5) if f"case{n}" not in drawn_in(proposal))
+    write(folder / "labels" / f"{unseen}.nii.gz", label((0, 1, 9)))
+    again = check_data.check_folder(folder).proposal
+    assert f"WARNING: value 9: in the masks of {unseen} alone (1 in all)" in again
+    assert own_data.warnings_in(again)[-1].startswith("value 9")
+
+
+def drawn_in(proposal):
+    lines = [x for x in proposal.splitlines() if x.startswith(("  data.labeled", "  data.valid"))]
+    return " ".join(lines)
+
+
 def test_all_problems_at_once_and_exit_code(folder):
     """Two in one image, one in a label, and an id twice; by the command."""
     path = folder / "images" / "case2.nii.gz"

@@ -121,10 +121,11 @@ def test_classes_in_one_piece():
     first[2, 0, 0] = 3
     second = np.zeros_like(first)
     second[0, 0, :2] = 2
-    assert one_piece([first, second], 5) == (1, 3)
-    assert one_piece([second], 5) == (2,)
+    assert one_piece([first, second], range(1, 5)) == (1, 3)
+    assert one_piece([second], range(1, 5)) == (2,)
+    assert one_piece([second], [1, 4]) == ()
     first[2, 0, :4] = 3  # 4 pixels in 204
-    assert one_piece([first, second], 5) == (1,)
+    assert one_piece([first, second], range(1, 5)) == (1,)
 
 
 @pytest.mark.parametrize(

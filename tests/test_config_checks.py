@@ -16,6 +16,7 @@ from lclseg.run.config_checks import check_config
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 METHODS = sorted(p.stem for p in (CONFIGS / "methods").glob("*.py"))
+TAUGHT_BY_AVERAGED = ("mean_teacher", "uncertainty_aware_mean_teacher", "bcp")
 
 
 def config_of(name="phantom", method="local_contrastive"):
@@ -38,7 +39,12 @@ def with_value(key, value):
 def test_every_config_of_the_repository_passes(path, method):
     if path.stem == "default":  # names no data set
         return
-    check_config(config_of(path.stem, method), num_devices=1)
+    config = config_of(path.stem, method)
+    if method in TAUGHT_BY_AVERAGED and config.optimizer.ema_decay == 0:
+        with pytest.raises(ConfigError, match=r"optimizer\.ema_decay is 0\.0; .* such as 0\.99"):
+            check_config(config, num_devices=1)
+        config.optimizer.ema_decay = 0.99
+    check_config(config, num_devices=1)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -51,6 +57,13 @@ def test_every_option_of_a_method_has_a_rule(method):
         for inner in (v if isinstance(v, dict) else [""])
     ]
     assert sorted(rules) == sorted(names)
+
+
+def test_averaged_weights_may_be_off_where_they_teach_nothing():
+    for method in set(METHODS) - set(TAUGHT_BY_AVERAGED):
+        config = config_of("phantom", method)
+        config.optimizer.ema_decay = 0.0
+        check_config(config, num_devices=1)
 
 
 WRONG = [

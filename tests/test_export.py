@@ -72,28 +72,21 @@ def assert_same_leaves(ours, theirs):
         np.testing.assert_array_equal(a, b)
 
 
-def test_a_folder_of_version_1_stays_readable(model, copy):
-    """It has a projection head, which is left out; one that does not fit is refused."""
-    change(copy, version=1, architecture__embedding_dim=5)
-    head = {
-        "params/projection_head/ConvBlock_0/Conv_0/kernel": (1, 1, 4, 5),
-        "params/projection_head/ConvBlock_0/BatchNorm_0/scale": (5,),
-        "params/projection_head/ConvBlock_0/BatchNorm_0/bias": (5,),
-        "params/projection_head/Dense_0/kernel": (5, 5),
-        "batch_stats/projection_head/ConvBlock_0/BatchNorm_0/mean": (5,),
-        "batch_stats/projection_head/ConvBlock_0/BatchNorm_0/var": (5,),
-    }
-    arrays = {name: np.ones(shape, np.float32) for name, shape in head.items()}
-    np.savez(copy / "parameters.npz", **leaves_of(copy), **arrays)
-    old = export.read_model(copy)
-    assert old.architecture == model.architecture
-    assert_same_leaves(old.state, model.state)
-    change(copy, architecture__embedding_dim=6)
-    with pytest.raises(ModelError, match="projection_head.*; wanted float32 of shape"):
-        export.read_model(copy)
-    change(copy, version=2)
-    with pytest.raises(ModelError, match="'embedding_dim', which this version does not know"):
-        export.read_model(copy)
+def test_a_folder_of_version_2_stays_readable(copy):
+    """It knows nothing of largest components, so none are kept."""
+    path = copy / "model.json"
+    content = json.loads(path.read_text())
+    del content["largest_component"]
+    path.write_text(json.dumps(content | {"version": 2}))
+    assert export.read_model(copy).largest_component == ()
+
+
+def test_largest_components_are_read_back(model, tmp_path):
+    """MYO alone, which the run itself does not choose."""
+    export.write_model(model._replace(largest_component=(2,)), tmp_path / "model")
+    content = json.loads((tmp_path / "model" / "model.json").read_text())
+    assert content["largest_component"] == ["MYO"]
+    assert export.read_model(tmp_path / "model").largest_component == (2,)
 
 
 def test_only_what_predicts_is_exported(exported):
@@ -128,8 +121,12 @@ def test_model_card(tiny_run, model, exported):
     assert "SYNTHETIC" in card and "1 labelled" in card and "2 validation volumes" in card
     assert f"Validation Dice {model.facts['validation_dice']:.4f}" in card
     assert f"Test, 2 volumes, 3-D, native geometry: mean Dice {test['mean_dice']:.4f}" in card
+    # Each with and without, as this run keeps the largest component.
+    kept = test["largest_component"]
+    assert model_files.kept_largest(model)
+    assert f"largest component of {', '.join(model_files.kept_largest(model))}: mean Dice" in card
     for k, (name, value) in enumerate(test["dice_per_class"].items(), start=1):
-        assert f"| {name} | {k} | {value:.4f} |\n" in card
+        assert f"| {name} | {k} | {value:.4f} | {kept['dice_per_class'][name]:.4f} |\n" in card
     for heading in ("Intended use", "Limits", "Licence"):
         assert f"## {heading}" in card
 
@@ -143,14 +140,28 @@ def test_model_card_of_an_untested_model(model):
     assert "trained by lclseg, supervised." in card
 
 
+def test_model_card_of_a_model_that_keeps_every_component(model):
+    """The run has tested largest components, too; that is not how this model predicts."""
+    card = export.model_card(model._replace(largest_component=()))
+    assert "largest component" not in card and model.facts["test"]["largest_component"]
+    value = model.facts["test"]["dice_per_class"]["RV"]
+    assert "| class | label value | test Dice |\n|" in card
+    assert f"| RV | 1 | {value:.4f} |\n" in card
+
+
 @pytest.mark.parametrize(
     "values, message",
     [
         ({"format": "other"}, "format is 'other'"),
-        ({"version": 3, "news": 1}, r"version is 3; wanted 1 or 2"),
+        ({"version": 4, "news": 1}, r"version is 4; wanted 2 or 3"),
+        ({"version": 1}, r"version is 1; wanted 2 or 3"),
         ({"version": True}, "version is True"),
         ({"news": 1}, "found 'news', which this version does not know"),
         ({"batch_size": 10**9}, r"batch_size is 1000000000; wanted 1\.\.4096"),
+        ({"largest_component": "RV"}, "largest_component is 'RV'; wanted a list"),
+        ({"largest_component": ["RV", "LA"]}, "wanted a list of some of the classes RV, MYO, LV"),
+        ({"largest_component": ["RV", "RV"]}, r"largest_component is \['RV', 'RV'\]"),
+        ({"largest_component": [1]}, r"largest_component is \[1\]; wanted a list of some"),
         ({"facts": {}}, "facts is {}"),
         ({"architecture__filters": [4, "8"]}, r"filters is \[4, '8'\]"),
         ({"architecture__filters": [4] * 7}, "wanted a multiple of 64"),

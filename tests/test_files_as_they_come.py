@@ -209,7 +209,7 @@ PROBLEMS = {
     "no mask": (lambda r: shutil.rmtree(r / "labels"), r"0 label files, so no case has a mask"),
     "pool of one slice": (
         lambda r: [image_of(r, 5).unlink(), write(image_of(r, 4), image()[..., :1])],
-        r"slices in the unlabelled pool: 1, of 1 cases; wanted at least 2",
+        r"slices in the unlabelled pool: 1; wanted at least 2",
     ),
 }
 

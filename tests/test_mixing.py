@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from lclseg import mixing
+from lclseg.methods import self_training
+from lclseg.methods.contract import Slices
 
 SHAPE = (60, 90)
 
@@ -123,3 +125,31 @@ def test_masks_take_the_key_first_and_options_by_keyword(function):
     parameters = list(inspect.signature(function).parameters.values())
     assert parameters[0].name == "key"
     assert {p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD} == {"key", "shape"}
+
+
+def test_partners_of_groups_of_unequal_size():
+    x, u = mixing.partners(2, 6)
+    assert (x.tolist(), u.tolist()) == ([0, 0, 0, 1, 1, 1], [0, 1, 2, 3, 4, 5])
+    x, u = mixing.partners(4, 4)
+    assert x.tolist() == u.tolist() == [0, 1, 2, 3]
+
+
+def test_self_training_mixes_every_slice_of_unequal_batches():
+    """Slices of one value each: of a mixture's two values each shows where it should."""
+    first, second = (
+        Slices(
+            image=jnp.broadcast_to(values[:, None, None], (len(values), 12, 12)),
+            label=jnp.broadcast_to(values[:, None, None].astype(jnp.uint8), (len(values), 12, 12)),
+            is_labeled=values < 10,
+        )
+        for values in (jnp.array([1.0, 2.0]), jnp.array([11.0, 12.0, 13.0, 14.0]))
+    )
+    image, label, is_first = self_training.copy_paste(jax.random.key(0), first, second, None)
+    assert image.shape == label.shape == is_first.shape == (8, 12, 12)
+    pairs = list(zip([1, 1, 2, 2] * 2, [11, 12, 13, 14] * 2, strict=True))
+    for mixture, (own, other) in enumerate(pairs):
+        wanted = np.where(is_first[mixture], own, other)
+        np.testing.assert_array_equal(image[mixture], wanted)
+        np.testing.assert_array_equal(label[mixture], wanted)
+        # Of the first, all but a box of 8 x 8; the second mixture of the pair has the rest.
+        assert is_first[mixture].sum() == (144 - 64 if mixture < 4 else 64)

@@ -685,7 +685,7 @@ def test_scans_of_a_patient_play_one_role(tmp_path):
             write(tmp_path / "labels" / f"{case}.nii.gz", mask(SHAPE, BOX, OTHER))
     config, text = complete(tmp_path)
     assert config.data.pool == config.data.with_mask == tuple(f"p{p}" for p in range(6))
-    assert "6 patients have several scans" in text
+    assert "patients with several scans, by their names: 6; " in text
     apart, _ = complete(tmp_path, patients_by_name=False)
     assert len(apart.data.pool) == 12 and len(apart.data.with_mask) == 11
 
@@ -705,13 +705,34 @@ def test_config_with_lists(tmp_path):
     data = config.data
     assert data.validation == ("c4",) and len(data.labeled) == 1 and len(data.test) == 3
     assert data.pool == tuple(f"c{n}" for n in range(7))
-    assert "data.validation: 1 given: c4" in text and "in the unlabelled pool: 2 cases" in text
+    assert "data.validation: 1 given: c4" in text and "in the unlabelled pool: 2 patients" in text
     again, _ = complete(tmp_path, validation=("c4",), num_labeled="1", data_dir="elsewhere")
     assert again.data.labeled == data.labeled
     # The model's seed moves nobody.
     other = config_of(tmp_path, validation=("c4",), num_labeled="1")
     other.seed = 7
     assert own_data.complete(other)[0].data.test == data.test
+
+
+def test_which_classes_are_one_piece_is_told(tmp_path):
+    """Of the labelled masks: in that of the validation case, class 1 is in two pieces, too."""
+    make_simple(tmp_path, num_masks=4)
+    speck = (2, (0, 2), (0, 2), (0, 3))
+    for name, pieces in (("c0", (BOX, OTHER, speck)), ("c2", ((1, *speck[1:]), BOX, OTHER))):
+        write(tmp_path / "labels" / f"{name}.nii.gz", mask(SHAPE, *pieces).astype(np.uint8))
+    lists = {"labeled": ("c0", "c1"), "validation": ("c2",)}
+    line = "predictions.largest_component = by_masks  "
+    _, text = complete(tmp_path, **lists)
+    assert (
+        f"{line}(kept of class_1, one piece in all labelled masks; not of class_2, in several "
+        "pieces in c0)"
+    ) in text
+    _, text = complete(tmp_path, labeled=("c0",), validation=("c1",), label_values=(2,))
+    assert f"{line}(kept of none; not of class_2, in several pieces in c0)" in text
+    config = config_of(tmp_path, **lists)
+    config.predictions.largest_component = "no"
+    _, text = own_data.complete(config)
+    assert "predictions.largest_component = no  (given)" in text
 
 
 def test_a_run_that_learns_from_both_of_two_masks(tmp_path):
@@ -721,7 +742,7 @@ def test_a_run_that_learns_from_both_of_two_masks(tmp_path):
     config = config_of(
         folder, data_dir=str(tmp_path / "prepared"), labeled_batch_size=4, num_validation=0
     )
-    config.method.pairs.update(labeled_self=1, pseudo_self=1, labeled_pseudo=1, pseudo_pseudo=1)
+    config.data.unlabeled_batch_size = 4
     config.model.filters = (4, 4)
     config.rounds.update(baseline_steps=3, steps_per_round=2, num_rounds=1, eval_every=2)
     config.rounds.batch_norm_batches = 1
@@ -733,6 +754,9 @@ def test_a_run_that_learns_from_both_of_two_masks(tmp_path):
         "test": 0,
     }
     assert results["chosen"] == "round_1"
+    kept = json.loads((workdir / "postprocessing.json").read_text())["largest_component"]
+    assert kept == ["class_1", "class_2"]
+    assert "(kept of class_1, class_2, one piece" in (workdir / "proposal.txt").read_text()
     for stage, steps in (("baseline", 3), ("round_1", 2)):
         result = results["results"][stage]
         assert (result["best_validation_dice"], result["validation"]) == (None, [])
@@ -758,7 +782,7 @@ def test_a_run_with_two_masks(tmp_path):
 
     def run():
         config = config_of(folder, data_dir=str(tmp_path / "prepared"), labeled_batch_size=4)
-        config.method.pairs.update(labeled_self=1, pseudo_self=1, labeled_pseudo=1, pseudo_pseudo=1)
+        config.data.unlabeled_batch_size = 4
         config.model.filters = (4, 4)
         config.rounds.update(baseline_steps=2, steps_per_round=2, num_rounds=1, eval_every=2)
         config.rounds.batch_norm_batches = 0

@@ -64,6 +64,13 @@ def test_what_is_written(predicted):
     assert sorted(p.name for p in predicted.iterdir()) == sorted([*names, "metrics.json"])
 
 
+def without_largest(mask):
+    """What lies apart from the largest component of a mask, by SimpleITK."""
+    parts = sitk.ConnectedComponent(sitk.GetImageFromArray(mask.astype(np.uint8)), True)
+    by_size = sitk.GetArrayFromImage(sitk.RelabelComponent(parts))
+    return by_size > 1
+
+
 @pytest.mark.parametrize("number", TEST_VOLUMES)
 def test_prediction_is_that_of_the_runs_own_evaluation(tiny_run, predicted, number):
     workdir, results = tiny_run
@@ -71,15 +78,20 @@ def test_prediction_is_that_of_the_runs_own_evaluation(tiny_run, predicted, numb
     ours = nib.load(predicted / name)
     theirs = nib.load(workdir / "predictions" / results["chosen"] / name)
     assert len(np.unique(theirs.dataobj)) > 1
-    np.testing.assert_array_equal(np.asarray(ours.dataobj), np.asarray(theirs.dataobj))
+    wanted = np.asarray(theirs.dataobj).copy()  # with every component
+    for k in model_files.load_run(workdir).largest_component:
+        wanted[without_largest(wanted == k)] = 0
+    np.testing.assert_array_equal(np.asarray(ours.dataobj), wanted)
     assert ours.get_data_dtype() == np.uint8
 
 
 def test_metrics_are_those_of_the_runs_own_evaluation(tiny_run, predicted):
     _, results = tiny_run
     ours = json.loads((predicted / "metrics.json").read_text())
-    theirs = results["results"][results["chosen"]]["test"]
+    theirs = results["results"][results["chosen"]]["test"]["largest_component"]
     assert ours.pop("models")[0]["stage"] == results["chosen"]
+    kept = json.loads((tiny_run[0] / "postprocessing.json").read_text())
+    assert kept == {"largest_component": ours.pop("largest_component")}
     # Spacing went through a header's 32 bits.
     assert_close(ours, theirs)
 
@@ -101,7 +113,10 @@ def test_probabilities(tiny_run, predicted):
         assert file.shape == (*label.shape, 4) and file.get_data_dtype() == np.float32
         probs = np.asarray(file.dataobj)
         np.testing.assert_allclose(probs.sum(axis=-1), 1, atol=1e-5)
-        np.testing.assert_array_equal(probs.argmax(axis=-1), label)
+        most = probs.argmax(axis=-1)
+        np.testing.assert_array_equal(most[label > 0], label[label > 0])
+        for k in np.unique(most[most != label]):
+            assert without_largest(most == k)[(most == k) & (label == 0)].all()
         spacing = file.header.get_zooms()
         x = (np.arange(label.shape[0]) - (label.shape[0] - 1) / 2) * spacing[0]
         outside = np.abs(x) > 16 * 4.0 + 1e-3
@@ -664,6 +679,7 @@ def test_the_command_takes_a_stage(tiny_run, phantom_folder, tmp_path, main):
     name = "phantom_004"
     stages = results["results"]
     wanted = {"baseline": stages["baseline"]["test"], "last": stages["round_1"]["test_last"]}
+    wanted = {k: v["largest_component"] for k, v in wanted.items()}
     wanted = {k: v["per_volume"][name]["dice"] for k, v in wanted.items()}
     assert wanted["baseline"] != wanted["last"]
     for stage, dice in wanted.items():
@@ -762,8 +778,62 @@ def test_the_command(tiny_run, phantom_folder, tmp_path, main, capsys, predicted
         assert label.any()
     summary = json.loads((output / "metrics.json").read_text())
     assert len(summary.pop("models")) == 2
-    out = capsys.readouterr().out
+    kept = ", ".join(summary.pop("largest_component"))
+    out, told = capsys.readouterr()
     assert predict.table(summary) in out and str(output) in out
+    assert f"of {kept} the largest component is kept; --largest_component=no keeps all" in told
+
+
+def test_the_largest_component_of_a_class_alone(tmp_path):
+    """A second ball far from the first, smaller; each class in two pieces."""
+    affine, spacing = geometry("oblique")
+    truth = two_balls((60, 44, 7), spacing)
+    image = truth * np.float32(100)
+    image[2:8, 2:8, 3:5], image[4:6, 4:6, 3:5] = 100, 200
+    path = write(tmp_path / "in" / "case.nii.gz", image, affine)
+    found = {}
+    for keep in ((), (1,), (2,)):
+        cases = predict.find_cases(path)
+        folder = tmp_path / f"kept {keep}"
+        outputs = predict.plan_outputs(cases, folder, with_probabilities=False, with_metrics=False)
+        predict.segment(by_intensity, HOW, cases, outputs, batch_size=7, keep_largest=keep)
+        found[keep] = np.asarray(nib.load(folder / "case.nii.gz").dataobj)
+    every = found.pop(())
+    for (k,), label in found.items():
+        apart = without_largest(every == HOW.label_values[k - 1])
+        assert apart[:10].any()
+        np.testing.assert_array_equal(label, np.where(apart, 0, every))
+
+
+def test_which_largest_components_are_kept(tiny_run, tmp_path):
+    """By the flag, or as the runs say, if they agree; of an older run none."""
+    model = model_files.load_run(tiny_run[0])
+    names = json.loads((tiny_run[0] / "postprocessing.json").read_text())["largest_component"]
+    assert names and model_files.kept_largest(model) == names
+    assert predict.classes_to_clean([model], "run") == model.largest_component
+    models = [model._replace(largest_component=kept) for kept in ((1, 3), (1, 3), ())]
+    assert predict.classes_to_clean(models[:2], "run") == (1, 3)
+    with pytest.raises(ModelError, match="RV, LV, .* of no class; .*--largest_component=yes"):
+        predict.classes_to_clean(models, "run")
+    assert predict.classes_to_clean(models, "yes") == (1, 2, 3)
+    assert predict.classes_to_clean(models, "no") == ()
+
+    workdir = shutil.copytree(tiny_run[0], tmp_path / "run")
+    (workdir / "postprocessing.json").write_text('{"largest_component": ["atrium"]}')
+    with pytest.raises(ModelError, match=r"postprocessing\.json: largest_component is \['atrium"):
+        model_files.load_run(workdir)
+    (workdir / "postprocessing.json").unlink()
+    assert model_files.load_run(workdir).largest_component == ()
+
+
+def test_the_flag_keeps_every_component(tiny_run, phantom_folder, tmp_path, main, capsys):
+    image = phantom_folder / "images" / "phantom_004.nii.gz"
+    argv = ("--workdir", tiny_run[0], "--input", image, "--output", tmp_path / "out")
+    main(*argv, "--largest_component=no")
+    assert "largest component" not in capsys.readouterr().err
+    ours = nib.load(tmp_path / "out" / image.name)
+    theirs = nib.load(tiny_run[0] / "predictions" / tiny_run[1]["chosen"] / image.name)
+    np.testing.assert_array_equal(np.asarray(ours.dataobj), np.asarray(theirs.dataobj))
 
 
 def test_full_batches_run_across_volumes():

@@ -315,6 +315,29 @@ def test_summary_holds_the_numbers_of_the_results(full):
     assert distances[1]["organ HD95 mm"] == "6.50"
 
 
+@pytest.mark.parametrize(
+    ("kept", "words"),
+    [
+        (["organ"], "where of organ the largest connected component alone is kept, as lclseg"),
+        ([], "were kept; for this run lclseg.predict keeps every one."),
+    ],
+)
+def test_largest_components_stand_beside_the_rest(tmp_path, results, kept, words):
+    for result in (results["results"]["baseline"], results["results"]["round_1"]):
+        result["test"]["largest_component"] = result["test"] | {"mean_dice": 0.875}
+    workdir = write_run(tmp_path / "run", results)
+    (workdir / "postprocessing.json").write_text(json.dumps({"largest_component": kept}))
+    read = Page(one_run.page(read_run(workdir, "run")))
+    column = [row["one-piece Dice"] for row in read.table("stage")]
+    assert column == ["0.875", "0.875", "-"]
+    assert [row["test Dice"] for row in read.table("stage")] == ["0.350", "0.550", "0.450"]
+    assert words in read.text
+
+
+def test_runs_that_tested_no_largest_component_have_no_such_column(full):
+    assert "argest component" not in Page(full).text
+
+
 def test_other_tables(full):
     read = Page(full)
     by_volume = read.table("volume")

@@ -10,12 +10,13 @@ import jax
 import nibabel as nib
 import numpy as np
 import pytest
+from scipy import ndimage
 
 from lclseg import model_files, predict, suggest, train
 from lclseg.data import own_data
 from lclseg.data.splits import SplitError
 from lclseg.errors import ConfigError
-from lclseg.page.recorded import RunError
+from lclseg.page.recorded import RunError, find_prepared
 from lclseg.run import devices
 from lclseg.run.setup import start_run
 
@@ -44,8 +45,7 @@ def write_case(folder, number, *, with_mask):
 def config_of(folder, data_dir, **rounds):
     config = runpy.run_path(str(ROOT / "configs" / "nifti_folder.py"))["get_config"]()
     config.data.manual_dir, config.data.data_dir = str(folder), str(data_dir)
-    config.data.update(labeled_batch_size=4, num_labeled="1")
-    config.method.pairs.update(labeled_self=1, pseudo_self=1, labeled_pseudo=1, pseudo_pseudo=1)
+    config.data.update(labeled_batch_size=4, unlabeled_batch_size=4, num_labeled="1")
     config.model.filters = (4, 4)
     config.rounds.update(baseline_steps=12, steps_per_round=2, num_rounds=1, eval_every=6)
     config.rounds.batch_norm_batches = 1
@@ -154,6 +154,25 @@ def test_other_data_sets_get_class_numbers(tiny_run, tmp_path):
     np.testing.assert_allclose(mask.affine, theirs.affine)
     assert mask.shape == theirs.shape
     assert "takes no masks from outside" in (tmp_path / "s" / "suggestions.html").read_text()
+
+
+def test_masks_keep_the_largest_component(tiny_run, tmp_path):
+    """Of the classes that the run says: RV here, not MYO; each in a corner, too."""
+    workdir, results = tiny_run
+    (volume_id,) = results["volumes"]["unlabeled"]
+    model = model_files.load_run(workdir)._replace(largest_component=(1,))
+    prepared, _ = find_prepared(json.loads((workdir / "config.json").read_text()))
+
+    def network(images):
+        label = np.zeros(images.shape, int)
+        for k, row in ((1, 8), (2, 18)):
+            label[:, row : row + 6, 10:20] = label[:, row : row + 3, 24:27] = k
+        return np.eye(4, dtype=np.float32)[label]
+
+    suggest.write_masks(network, model, prepared, [volume_id], {}, tmp_path)
+    mask = np.asarray(nib.load(tmp_path / f"{volume_id}.nii.gz").dataobj)
+    pieces = [ndimage.label(mask == k)[1] for k in (1, 2)]
+    assert pieces == [1, 2]
 
 
 def test_a_corrected_mask_is_learnt_from(loop, suggested, tmp_path):

@@ -96,6 +96,20 @@ def test_results_tell_the_whole_run(finished):
     assert chosen["best_validation_dice"] == best["best_validation_dice"]
 
 
+@pytest.mark.parametrize(
+    ("choice", "names"), [("no", []), ("yes", ["RV", "MYO", "LV"]), ("by_masks", ["MYO"])]
+)
+def test_the_choice_of_largest_components_is_written(
+    choice, names, data_dir, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(setup, "classes_in_one_piece", lambda prepared, volume_ids: (2,))
+    config = tiny_config(data_dir)
+    config.predictions.largest_component = choice
+    with start_run(config, tmp_path / "run").lock:
+        found = json.loads((tmp_path / "run" / "postprocessing.json").read_text())
+    assert found == {"largest_component": names}
+
+
 def test_chosen_and_last_weights_are_tested(finished, data_dir):
     """The last ones, of each stage, as its newest checkpoint tests; once where both are one."""
     workdir, results = finished

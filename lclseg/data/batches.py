@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lclseg.data.dataset import PreparedSet
+from lclseg.data.splits import SplitError
 
 LABELED_STREAM, METHOD_STREAM = 0, 1
 logger = logging.getLogger("lclseg")
@@ -49,10 +50,14 @@ def select_slices(pool: Pool, *, min_classes: int, at_least: int, role: str) -> 
     logged: a small pool never starves the training silently.
 
     Raises:
-      ValueError: the pool holds fewer than `at_least` slices.
+      SplitError: the pool holds fewer than `at_least` slices.
     """
     if len(pool.records) < at_least:
-        raise ValueError(f"{role}: {len(pool.records)} slices; wanted at least {at_least}")
+        raise SplitError(
+            f"{role}: found {len(pool.records)} slices to draw from; wanted at least {at_least}: "
+            "name more patients in data.labeled or data.unlabeled, or lower "
+            "pseudo_labels.min_agreement, which leaves volumes out"
+        )
     num_present = (pool.class_pixels > 0).sum(axis=1)
     for wanted in range(min_classes, -1, -1):
         found = pool.records[num_present >= wanted]

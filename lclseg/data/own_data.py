@@ -443,10 +443,13 @@ def complete(config: ConfigDict) -> tuple[ConfigDict, str]:
     data.image_size = data.image_size or propose_image_size(turned, data.target_spacing_mm)
     if rounds is None or rounds.num_rounds:
         _check_pool(data, turned, patient)
+    learnt = [s for s in surveys if s.voxels and patient[s.case_id] in data.labeled]
     if not data.windows:
-        labeled = [s.files for s in surveys if s.voxels and patient[s.case_id] in data.labeled]
+        labeled = [s.files for s in learnt]
         data.windows = propose_windows(folder, data.channels, labeled, data.label_values)
     notes = [n for n in notes if not n.startswith("WARNING: ")]
+    choice = config.predictions.largest_component if "predictions" in config else "by_masks"
+    notes.append(largest_component(choice, data, learnt))
     return config, _summary(folder, data, surveys, turned, given, notes, warnings)
 
 
@@ -581,10 +584,35 @@ def _scans(patient: dict[str, str]) -> list[str]:
         return []
     first, cases = next(iter(several.items()))
     return [
-        f"WARNING: {len(several)} patients have several scans, by their names: {first} is "
+        f"WARNING: patients with several scans, by their names: {len(several)}; {first} is "
         f"{' and '.join(cases[:NAMED])}; all scans of a patient play one role. If these are "
         "different patients, set data.patients_by_name=False"
     ]
+
+
+def largest_component(choice: str, data: ConfigDict, learnt: Sequence[Survey]) -> str:
+    """A line on the classes of which what is handed out keeps the largest component alone.
+
+    Args:
+      choice: `predictions.largest_component`.
+      data: of the config, with classes.
+      learnt: of the labelled cases.
+    """
+    line = f"predictions.largest_component = {choice}"
+    if choice != "by_masks":
+        return f"{line}  (given)"
+    whole, apart = [], []
+    for value, name in zip(data.label_values, data.class_names, strict=True):
+        where = [s for s in learnt if value in s.voxels]
+        broken = [s.case_id for s in where if value not in s.one_piece]
+        if broken:
+            apart.append(f"{name}, in several pieces in {broken[0]}")
+        elif where:
+            whole.append(name)
+    kept = (
+        f"kept of {', '.join(whole)}, one piece in all labelled masks" if whole else "kept of none"
+    )
+    return f"{line}  ({'; not of '.join([kept, *apart])})"
 
 
 def check_masks(
@@ -647,6 +675,29 @@ def empty_test(data: ConfigDict) -> SplitError | None:
     return empty_masks("test", [s.case_id for s in surveys])
 
 
+def unseen_values(data: ConfigDict, shown: Mapping[int, Sequence[str]]) -> list[str]:
+    """Warnings of label values in masks that `complete` does not look at; chooses nothing.
+
+    Args:
+      data: of a complete config.
+      shown: cases by label value, of all masks.
+    """
+    files = find_cases(Path(data.manual_dir).expanduser(), data.exclude)
+    patient = _patients(data, files)
+    seen = {*data.labeled, *data.validation}
+    lines = []
+    for value, cases in sorted(shown.items()):
+        if value in (data.ignore_value, *data.label_values) or {patient[c] for c in cases} & seen:
+            continue
+        lines.append(
+            f"value {value}: in the masks of {', '.join(cases[:NAMED])} alone "
+            f"({len(cases)} in all), which are neither learnt from nor for validation; it counts "
+            "as background. If it is a class, name cases that show it in data.labeled, or draw "
+            "anew with another data.draw_seed"
+        )
+    return lines
+
+
 def _check_pool(data: ConfigDict, turned: Sequence[Survey], patient: Mapping[str, str]) -> None:
     """Raises SplitError where the rounds have too few slices to make pairs of."""
     taken = {p for role in ("labeled", "validation", "test") for p in data[role]}
@@ -655,8 +706,8 @@ def _check_pool(data: ConfigDict, turned: Sequence[Survey], patient: Mapping[str
     slices = sum(s.shape[2] for s in members)
     if slices < 2:
         raise SplitError(
-            f"slices in the unlabelled pool: {slices}, of {len(members)} cases; wanted at least 2, "
-            "to make pairs of: add images, or set rounds.num_rounds=0 for supervised training alone"
+            f"slices in the unlabelled pool: {slices}; wanted at least 2, to draw from: add "
+            "images, or set rounds.num_rounds=0 for supervised training alone"
         )
 
 

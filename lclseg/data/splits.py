@@ -95,11 +95,11 @@ def draw_lists(
         notes.append("data.validation: none; the last averaged weights are handed out, not chosen")
     if rest and "unlabeled" in open_roles:
         notes.append(
-            f"in the unlabelled pool: {num_unlabeled} cases, and {len(rest)} whose masks nothing "
-            "learns from"
+            f"in the unlabelled pool: {num_unlabeled} patients, and {len(rest)} whose masks "
+            "nothing learns from"
         )
     elif "unlabeled" in open_roles:
-        notes.append(f"in the unlabelled pool: {num_unlabeled} cases")
+        notes.append(f"in the unlabelled pool: {num_unlabeled} patients")
     if "labeled" in open_roles and num_labeled not in ("all", str(count["labeled"])):
         notes.append(
             f"WARNING: {count['labeled']} in place of data.num_labeled={num_labeled}, since a mask "

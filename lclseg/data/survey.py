@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
+from lclseg.components import one_piece
 from lclseg.cores import usable_cores
 from lclseg.data import nifti, orientation
 from lclseg.data.layouts import Files
@@ -29,6 +30,7 @@ class Survey(NamedTuple):
       reach_mm: by axis, distance of the outermost foreground from the image's centre; 0.0 without
         foreground.
       warnings: what its headers have that is odd.
+      one_piece: the values of `voxels`, but 0, that are one piece; see `components.one_piece`.
     """
 
     files: Files
@@ -38,6 +40,7 @@ class Survey(NamedTuple):
     voxels: dict[int, int]
     reach_mm: tuple[float, ...]
     warnings: tuple[str, ...] = ()
+    one_piece: tuple[int, ...] = ()
 
     @property
     def case_id(self) -> str:
@@ -91,7 +94,8 @@ def survey_case(case: Files, label_values: Sequence[int] = (), *, with_mask: boo
         _reach(foreground.any(axis=tuple({0, 1, 2} - {a}))) * geometry.spacing_mm[a]
         for a in range(3)
     )
-    return seen._replace(voxels=voxels, reach_mm=reach)
+    whole = one_piece([label], [v for v in voxels if v])
+    return seen._replace(voxels=voxels, reach_mm=reach, one_piece=whole)
 
 
 def _reach(occupied: np.ndarray) -> float:

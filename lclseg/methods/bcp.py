@@ -22,7 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lclseg.components import largest_component_2d
+from lclseg.components_2d import largest_component_2d
 from lclseg.losses import IGNORE
 from lclseg.methods.contract import (
     Base,
@@ -32,9 +32,9 @@ from lclseg.methods.contract import (
     teacher_probs,
     unlabeled_sampler,
 )
-from lclseg.mixing import copy_paste_mask, mix, next_slices
+from lclseg.mixing import copy_paste_mask, mix, next_slices, partners
 from lclseg.random_keys import first_place, named_key, slice_keys
-from lclseg.rules import NOT_NEGATIVE, SHARE_BELOW_1, YES_NO
+from lclseg.rules import AVERAGED, NOT_NEGATIVE, SHARE_BELOW_1, YES_NO
 
 Array = jax.Array
 RULES = {
@@ -43,6 +43,7 @@ RULES = {
     "largest_component": YES_NO,
     "pretraining": YES_NO,
 }
+CONFIG_RULES = {"optimizer.ema_decay": AVERAGED}
 
 
 def make(options: Any, base: Base) -> Method:
@@ -62,10 +63,8 @@ def make(options: Any, base: Base) -> Method:
 
     def terms(net, params, state, batch, key):
         labeled, unlabeled = batch["labeled"], batch["strong"]
-        sizes = len(labeled.image), len(unlabeled.image)
-        number = max(sizes)
-        # Partners by their share of the batch: the same on one device and on several.
-        x, u = (jnp.arange(number) * size // number for size in sizes)
+        x, u = partners(len(labeled.image), len(unlabeled.image))
+        number = len(x)
         from_x = boxes(key, number, labeled.label.shape[1:], net.axis_name)
         is_first = (first_place(number, net.axis_name) + jnp.arange(number)) % 2 == 0
         from_x = jnp.where(is_first[:, None, None], from_x, ~from_x)

@@ -9,8 +9,9 @@ w moves an unlabelled slice u, s changes its intensities. arXiv:2001.07685 (Sohn
 Settings that matter: the threshold, 0.95; the strength of s, `augment.strength`; no ramp.
 
 Our reading: q is the softmax of the *averaged weights*, a teacher without gradient, and not of the
-network itself as in the paper; and the loss is the config's supervised one (the paper's is
-cross-entropy over all pixels, those without a label as zeros) over the confident pixels alone.
+network itself as in the paper, which `optimizer.ema_decay=0` gives; and the loss is the config's
+supervised one (the paper's is cross-entropy over all pixels, those without a label as zeros) over
+the confident pixels alone.
 """
 
 from typing import Any

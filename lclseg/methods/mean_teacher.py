@@ -6,10 +6,10 @@ p is the softmax of the network, q that of the averaged weights (no gradient), u
 slice; the mean runs over pixels and classes. arXiv:1703.01780 (Tarvainen and Valpola).
 
 Settings that matter: the weight, 0.1, and its ramp r; noise = clip(normal(0, 0.1), +-0.2), added to
-what the teacher sees alone; `optimizer.ema_decay`, 0.99 where it is published: at 0 the teacher is
-the network itself. These are the settings of the usual program for medical slices; the paper
-itself gives student and teacher noise alike, and a weight of 100. Published programs leave the
-term out at first; here a supervised stage comes first.
+what the teacher sees alone; `optimizer.ema_decay`, 0.99 where it is published: 0, which would make
+the teacher the network itself, is refused. These are the settings of the usual program for medical
+slices; the paper itself gives student and teacher noise alike, and a weight of 100. Published
+programs leave the term out at first; here a supervised stage comes first.
 """
 
 from typing import Any
@@ -28,9 +28,10 @@ from lclseg.methods.contract import (
     teacher_probs,
     unlabeled_sampler,
 )
-from lclseg.rules import NOT_NEGATIVE
+from lclseg.rules import AVERAGED, NOT_NEGATIVE
 
 RULES = {"weight": NOT_NEGATIVE, "noise_sigma": NOT_NEGATIVE, "noise_bound": NOT_NEGATIVE}
+CONFIG_RULES = {"optimizer.ema_decay": AVERAGED}
 
 
 def make(options: Any, base: Base) -> Method:

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 
 from lclseg.losses import IGNORE
 from lclseg.methods.contract import Base, Method, Slices, draw_from, segmentation_term
-from lclseg.mixing import copy_paste_mask, mix
+from lclseg.mixing import copy_paste_mask, mix, partners
 from lclseg.random_keys import slice_keys
 from lclseg.rules import NOT_NEGATIVE, YES_NO
 
@@ -39,19 +39,20 @@ def copy_paste(
 
     Args:
       key: of the boxes.
-      first, second: n slices each.
+      first, second: n slices of one, n or fewer of the other; see `mixing.partners`.
       axis_name: the mapped device axis.
 
     Returns:
       image and label [2 n, H, W], and is_first [2 n, H, W] bool: where `first` shows.
     """
-    keys = slice_keys(key, len(first.image), axis_name)
+    x, u = partners(len(first.image), len(second.image))
+    keys = slice_keys(key, len(x), axis_name)
     _, height, width = first.label.shape
     mask = jax.vmap(lambda k: copy_paste_mask(k, (height, width)))(keys)
     is_first = jnp.concatenate([mask, ~mask])
 
-    def mixed(x: Array, u: Array) -> Array:
-        return mix(is_first, jnp.concatenate([x, x]), jnp.concatenate([u, u]))
+    def mixed(a: Array, b: Array) -> Array:
+        return mix(is_first, jnp.concatenate([a[x], a[x]]), jnp.concatenate([b[u], b[u]]))
 
     return mixed(first.image, second.image), mixed(first.label, second.label), is_first
 

@@ -30,7 +30,7 @@ from lclseg.methods.contract import (
     unlabeled_sampler,
 )
 from lclseg.random_keys import slice_keys
-from lclseg.rules import NOT_NEGATIVE, PROBABILITY, whole
+from lclseg.rules import AVERAGED, NOT_NEGATIVE, PROBABILITY, whole
 
 Array = jax.Array
 RULES = {
@@ -40,6 +40,7 @@ RULES = {
     "passes": whole(1),
     "start": PROBABILITY,
 }
+CONFIG_RULES = {"optimizer.ema_decay": AVERAGED}
 
 
 def entropy(probs: Array) -> Array:

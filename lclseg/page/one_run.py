@@ -59,8 +59,14 @@ def _summary(run: RecordedRun) -> Iterator[str]:
     stages, classes = run.stages, run.classes
     marked = [list(stages).index(run.chosen)]
     head = ["stage", "validation Dice", "test Dice", "gain", *(f"{c} Dice" for c in classes)]
+    head += ["HD95 mm", "ASSD mm", "missed", "last weights’ Dice"]
     rows = [[named(s), *tables.stage_cells(stages, s, classes, ".3f")] for s in stages]
-    yield table([*head, "HD95 mm", "ASSD mm", "missed", "last weights’ Dice"], rows, marked)
+    tried = any("largest_component" in result["test"] for result in stages.values())
+    if tried:
+        head.append("one-piece Dice")
+        for row, result in zip(rows, stages.values(), strict=True):
+            row.append(tables.largest_component_cell(result, ".3f"))
+    yield table(head, rows, marked)
     validated = stages[run.chosen]["best_validation_dice"] is not None
     why = "the best on validation volumes" if validated else "the last, since no volume validates"
     yield (
@@ -68,7 +74,8 @@ def _summary(run: RecordedRun) -> Iterator[str]:
         f"Marked: {text(named(run.chosen))}, {why}. "
         "Gain: test Dice over the baseline’s. Missed: pairs of volume and class where only the "
         "truth or only the prediction is empty; they count as Dice 0 and the volume’s diagonal. "
-        "Last weights’ Dice: test Dice after the stage’s last step, whatever validation says.</p>"
+        "Last weights’ Dice: test Dice after the stage’s last step, whatever validation says."
+        f"{_largest_component(run) if tried else ''}</p>"
     )
     measures = (("HD95 mm", "hausdorff95_mm_per_class"), ("ASSD mm", "assd_mm_per_class"))
     columns = [(f"{c} {measure}", key, c) for measure, key in measures for c in classes]
@@ -78,6 +85,21 @@ def _summary(run: RecordedRun) -> Iterator[str]:
     ]
     head = ["stage", *(name for name, _, _ in columns)]
     yield details("Distances by class", table(head, rows, marked))
+
+
+def _largest_component(run: RecordedRun) -> str:
+    """What the column of that name shows, and whether it is what is handed out."""
+    kept = run.keeps_largest
+    if kept:
+        return (
+            f" One-piece Dice: test Dice where of {text(', '.join(kept))} the largest "
+            "connected component alone is kept, as lclseg.predict does; all else is without."
+        )
+    return (
+        " One-piece Dice: test Dice if of classes that are one piece in all labelled "
+        "masks the largest connected component alone were kept; for this run lclseg.predict keeps "
+        "every one."
+    )
 
 
 def _curves(run: RecordedRun) -> Iterator[str]:

@@ -59,6 +59,12 @@ class RecordedRun(NamedTuple):
         return chosen_stage(self.stages)
 
     @property
+    def keeps_largest(self) -> list[str]:
+        """Names of the classes of which what is handed out keeps the largest component alone."""
+        content = read_json(self.workdir / "postprocessing.json") or {}
+        return content.get("largest_component", [])
+
+    @property
     def first_steps(self) -> dict[str, int]:
         """Steps before each stage that the run has begun, counted over the whole run."""
         rounds = self.config["rounds"]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lclseg.components import largest_component
 from lclseg.data import own_data
 from lclseg.data.dataset import PreparedSet
 from lclseg.page import figures, pictures
@@ -25,6 +26,8 @@ def page(
     prepared: PreparedSet,
     network: Callable[[np.ndarray], np.ndarray],
     suggestions: "Sequence[Suggestion]",
+    *,
+    keep_largest: Sequence[int],
 ) -> str:
     """The page, as HTML.
 
@@ -34,6 +37,7 @@ def page(
       prepared: the run's data set.
       network: slices [S, H, W] -> class probabilities [S, H, W, C].
       suggestions: the pool, the suggested volumes first.
+      keep_largest: classes of which the masks to start from keep the largest component alone.
     """
     title = f"{config['data']['name']}: which volume to label next"
     chosen = [s for s in suggestions if s.rank is not None]
@@ -41,7 +45,7 @@ def page(
         f"<header><h1>{text(title)}</h1><p>Run {text(about['workdir'])}, "
         f"{text(named(about['stage']))}, step {about['step']}; {len(suggestions)} unlabelled "
         "volumes.</p></header>",
-        section(2, "Suggested", *_suggested(chosen, prepared, network)),
+        section(2, "Suggested", *_suggested(chosen, prepared, network, keep_largest)),
         section(2, "How to go on", *_how(config, about, chosen)),
         section(2, "All unlabelled volumes", *_all(suggestions)),
     ]
@@ -52,6 +56,7 @@ def _suggested(
     chosen: "Sequence[Suggestion]",
     prepared: PreparedSet,
     network: Callable[[np.ndarray], np.ndarray],
+    keep_largest: Sequence[int],
 ) -> Iterator[str]:
     keys = (key(n, c, "area") for n, c in zip(prepared.class_names, PALETTE * 40, strict=False))
     yield legend(keys, "<span>areas: what the network sees</span>")
@@ -63,7 +68,7 @@ def _suggested(
         )
         image, _ = prepared.read_slices(prepared.volumes[s.volume_id].slices)
         probs = network(image)
-        label = probs.argmax(axis=-1)
+        label = largest_component(probs.argmax(axis=-1), keep_largest)
         image = image if image.ndim == 3 else image[..., 0]
         doubt = (1 - probs.max(axis=-1)).sum(axis=(1, 2))
         shown = {

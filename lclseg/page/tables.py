@@ -51,6 +51,11 @@ def stage_cells(
     ]
 
 
+def largest_component_cell(result: Mapping, spec: str) -> str:
+    """Mean test Dice of a stage where the largest component is kept; "-" where none is."""
+    return number(result["test"].get("largest_component", {}).get("mean_dice"), spec)
+
+
 def pseudo_label_cells(report: Mapping, spec: str) -> list[str]:
     """Volumes, rejected, empty; confidence; Dice with the round before and with hidden truth."""
     return [

@@ -178,11 +178,13 @@ def _rules_of(values: Mapping[str, Any]) -> tuple[dict[str, Rule], str]:
         return rules, ""
     module_name = f"lclseg.methods.{name}"
     try:
-        own = getattr(importlib.import_module(module_name), "RULES", None)
+        module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name != module_name:
             raise
         return rules, f"method.name is {name!r}, but there is no lclseg/methods/{name}.py"
+    rules |= getattr(module, "CONFIG_RULES", {})  # narrower ones of keys that all methods share
+    own = getattr(module, "RULES", None)
     if own is None:  # a method may do without
         own = {k.removeprefix("method."): ANY for k in values if k.startswith("method.")}
         del own["name"]

@@ -35,6 +35,7 @@ from lclseg.run.stored_config import (
 )
 from lclseg.run.workdir import claim_workdir, write_json
 
+MIN_POOL = 2  # slices: views of pairs are drawn from so many at least
 logger = logging.getLogger("lclseg")
 
 
@@ -118,10 +119,12 @@ def open_data(config: ConfigDict) -> tuple[PreparedSet, Split]:
     # Own data may be a mask to learn from, one to choose the checkpoint by, and no more.
     own = config.data.name == own_data.NAME
     split = resolve_split(config.data, prepared.volumes, may_lack_test=own)
-    if config.rounds.num_rounds and not split.unlabeled:
+    pool = sum(len(prepared.volumes[v].slices) for v in split.unlabeled)
+    if config.rounds.num_rounds and pool < MIN_POOL:
         raise ConfigError(
-            "there is no unlabelled volume to run rounds on; set rounds.num_rounds=0, or give some "
-            "in data.unlabeled"
+            f"data.unlabeled: found {len(split.unlabeled)} volumes with {pool} slices to run "
+            f"rounds on; wanted at least {MIN_POOL} slices: name more patients there, or set "
+            "rounds.num_rounds=0"
         )
     return prepared, split
 
@@ -177,7 +180,7 @@ def start_run(
     how = preprocess.to_json(prepared.preprocessing)
     write_json(workdir / "preprocessing.json", how)
     write_json(workdir / "splits.json", split._asdict())
-    return Run(
+    run = Run(
         config=config,
         workdir=workdir,
         prepared=prepared,
@@ -191,6 +194,10 @@ def start_run(
         stop_asked=lambda: multihost.any_process(stop_asked()),
         lock=held,
     )
+    kept = run.classes_in_one_piece(config.predictions.largest_component)
+    names = [prepared.class_names[k - 1] for k in kept]
+    write_json(workdir / "postprocessing.json", {"largest_component": names})
+    return run
 
 
 def check_processes_agree(config: ConfigDict, prepared: PreparedSet) -> None:
