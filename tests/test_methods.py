@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from small_run import logged
 
 from lclseg import evaluation, model_files, predict, steps, train
 from lclseg.data.batches import Pool, sampler
@@ -379,7 +380,7 @@ def end_of(workdir):
             )
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree["state"]):
             found[folder.name + jax.tree_util.keystr(path)] = np.asarray(leaf)
-    return found, (workdir / "metrics.jsonl").read_text()
+    return found, logged(workdir)
 
 
 def assert_same_end(ours, theirs):
@@ -540,10 +541,7 @@ def test_refreshed_labels_are_learnt_from(refreshed, data_dir, tmp_path):
     (ours, our_log), (theirs, their_log) = end_of(tmp_path / "run"), end_of(refreshed)
     assert any(np.any(leaf != theirs[name]) for name, leaf in ours.items() if "params" in name)
     # Up to the refresh the two are one: lines of the round's steps 1 and 2.
-    lines = [
-        [line for line in map(json.loads, log.splitlines()) if line["stage"] == "round_1"]
-        for log in (our_log, their_log)
-    ]
+    lines = [[x for x in log if x["stage"] == "round_1"] for log in (our_log, their_log)]
     same = [a == b for a, b in zip(*lines, strict=True)]
     assert same[:2] == [True, True] and not any(same[2:])
 
