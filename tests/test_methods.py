@@ -20,6 +20,7 @@ import optax
 import pytest
 from small_run import logged
 
+from benchmarks import floor
 from lclseg import evaluation, model_files, predict, steps, train
 from lclseg.data.batches import Pool, sampler
 from lclseg.losses import IGNORE
@@ -198,6 +199,28 @@ def test_every_method_has_a_module_and_a_config():
     assert {"supervised", "self_training", "local_contrastive"} <= set(METHODS)
     for name in METHODS:
         assert importlib.import_module(f"lclseg.methods.{name}").__doc__
+
+
+# What sums up or amplifies rounding: never in bfloat16.
+SENSITIVE = ("reduce_sum", "exp", "log", "log1p", "rsqrt", "sqrt", "div", "cumsum", "pow")
+
+
+@pytest.mark.parametrize(("name", "kind"), KINDS)
+def test_bfloat16_is_of_the_network_alone(name, kind):
+    """Losses, BatchNorm's statistics, gradients' sums and what is kept: float32."""
+    made, store = kind_of(name, kind), make_store(name)
+    step = made.step(ADAM, dtype="bfloat16")
+    arguments = made.state(ADAM), store, made.rows(store), KEY
+    program, (state, metrics) = jax.make_jaxpr(step, return_shape=True)(*arguments)
+    kept = {leaf.dtype for leaf in jax.tree.leaves((state, metrics))}
+    assert {d for d in kept if jnp.issubdtype(d, jnp.floating)} == {jnp.dtype("float32")}
+    dtypes = collections.defaultdict(set)
+    for equation in floor.equations(program.jaxpr):
+        found = (v.aval.dtype for v in (*equation.invars, *equation.outvars))
+        dtypes[equation.primitive.name] |= {d for d in found if jnp.issubdtype(d, jnp.floating)}
+    assert jnp.bfloat16 in dtypes["conv_general_dilated"]
+    assert dtypes["reduce_sum"] == {jnp.dtype("float32")}  # so that names are those of JAX
+    assert [p for p in SENSITIVE if jnp.bfloat16 in dtypes[p]] == []
 
 
 @pytest.mark.parametrize(("name", "kind"), KINDS)
