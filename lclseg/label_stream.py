@@ -94,6 +94,7 @@ def predict_pool(run: Run, replicated, pseudo_labels: PseudoLabels) -> np.ndarra
     """
     options, ids = run.config.pseudo_labels, pseudo_labels.report["volume_ids"]
     keep_largest = run.classes_in_one_piece(options.largest_component)
+    label: Callable[..., np.ndarray]
     if run.config.crf.num_steps or run.prepared.num_classes > UNCERTAIN:
         finish = refinement(run.config)
         label = functools.partial(label_of, min_confidence=options.min_confidence)

@@ -172,16 +172,14 @@ def test_one_dispatch_and_one_wait_a_log_line(finished, data_dir, tmp_path, monk
     monkeypatch.setattr(devices, "over_devices", counted)
     monkeypatch.setattr(jax, "device_get", waited)
     config = tiny_config(data_dir)
-    config.rounds.update(num_rounds=1, eval_every=10)
+    config.rounds.update(num_rounds=0, eval_every=10)
     config.log.every = 4
     results = train.train_and_evaluate(config, tmp_path / "run")
     lines = [line for line in logged(tmp_path / "run") if "loss" in line]
-    assert [(x["stage"], x["step"]) for x in lines] == [
-        *(("baseline", 4), ("baseline", 6), ("round_1", 4))
-    ]
+    assert [line["step"] for line in lines] == [4, 6]
     assert calls == ["dispatch", "wait"] * len(lines)
     by_one = [x for x in logged(finished[0]) if x["stage"] == "baseline" and "loss" in x]
-    assert [x["loss"] for x in lines[:2]] == pytest.approx(
+    assert [x["loss"] for x in lines] == pytest.approx(
         [x["loss"] for x in by_one if x["step"] in (4, 6)], rel=1e-4
     )
     ours, theirs = (r["results"]["baseline"]["validation"][-1] for r in (results, expected))
