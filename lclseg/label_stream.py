@@ -9,13 +9,21 @@ import functools
 from collections.abc import Callable
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
 from lclseg import evaluation
 from lclseg.crf import dense_crf
-from lclseg.pseudo_labels import PseudoLabels, count_classes, label_of
-from lclseg.run import multihost
+from lclseg.pseudo_labels import (
+    UNCERTAIN,
+    PseudoLabels,
+    count_classes,
+    label_bytes,
+    label_of,
+    label_of_bytes,
+)
+from lclseg.run import devices, multihost
 from lclseg.run.predictions import predictor
 from lclseg.run.programs import Stage
 from lclseg.run.setup import Run
@@ -55,11 +63,27 @@ class StoredLabels:
                 path.unlink()
 
 
+@functools.cache  # or each round would compile its own
+def _with_crf(**settings) -> Callable:
+    def both(image, probs):
+        return jnp.stack([probs, dense_crf(image, probs, **settings)], axis=1)
+
+    return devices.on_each(both)
+
+
+@functools.cache
+def _without_crf() -> Callable:
+    return devices.on_each(lambda image, probs: jnp.stack([probs, probs], axis=1))
+
+
+@functools.cache
+def _as_bytes(min_confidence: float) -> Callable:
+    return devices.on_each(lambda image, probs: label_bytes(probs, min_confidence))
+
+
 def refinement(config: ConfigDict) -> Callable:
-    """(slices, probabilities) -> those that the CRF of the config makes of them."""
-    if config.crf.num_steps:
-        return functools.partial(dense_crf, **config.crf)
-    return lambda images, probs: probs
+    """What makes `PredictRefined` of a predictor, on all devices: the config's CRF, if any."""
+    return _with_crf(**config.crf) if config.crf.num_steps else _without_crf()
 
 
 def predict_pool(run: Run, replicated, pseudo_labels: PseudoLabels) -> np.ndarray:
@@ -69,22 +93,21 @@ def predict_pool(run: Run, replicated, pseudo_labels: PseudoLabels) -> np.ndarra
     as the config has it.
     """
     options, ids = run.config.pseudo_labels, pseudo_labels.report["volume_ids"]
+    keep_largest = run.classes_in_one_piece(options.largest_component)
+    label: Callable[..., np.ndarray]
+    if run.config.crf.num_steps or run.prepared.num_classes > UNCERTAIN:
+        finish = refinement(run.config)
+        label = functools.partial(label_of, min_confidence=options.min_confidence)
+    else:  # a byte a pixel, where the probabilities are many
+        finish, label = _as_bytes(options.min_confidence), label_of_bytes
     predictions = evaluation.predict_volumes(
         # Not stoppable: it belongs to the step before it.
-        predictor(run, replicated, refine=refinement(run.config), stoppable=False),
+        predictor(run, replicated, finish=finish, stoppable=False),
         run.prepared,
         sorted(ids, key=lambda v: run.prepared.volumes[v].first_slice),
         batch_size=run.config.data.eval_batch_size,
     )
-    found = [
-        label_of(
-            prediction.probs,
-            min_confidence=options.min_confidence,
-            keep_largest=run.classes_in_one_piece(options.largest_component),
-        )
-        for prediction in predictions
-    ]
-    return np.concatenate(found)
+    return np.concatenate([label(p.probs, keep_largest=keep_largest) for p in predictions])
 
 
 def refresher(
