@@ -48,6 +48,7 @@ class PseudoLabels:
       labels: [n, H, W] uint8 on the training grid, mapped from disk; `IGNORE` where uncertain.
       class_pixels: [n, C] pixels of each class per slice: the sampler's index table.
       report: statistics of the round, ready for JSON; names the volumes.
+      drawn: rows of `records` that are learnt from.
     """
 
     folder: Path
@@ -55,6 +56,7 @@ class PseudoLabels:
     labels: np.ndarray
     class_pixels: np.ndarray
     report: dict
+    drawn: slice | np.ndarray = slice(None)
 
     def read(self, records: np.ndarray) -> np.ndarray:
         """Labels [B, H, W] of the given records; raises KeyError if one has none."""

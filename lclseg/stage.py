@@ -65,7 +65,8 @@ def labels_of(run: Run, pseudo_labels: PseudoLabels | None) -> tuple[Labels, Poo
     """What training may see: ground truth of labelled slices, pseudo-labels; and the pool."""
     labeled = records_of(run.prepared, run.split.labeled)
     if pseudo_labels is not None:
-        pool = Pool(pseudo_labels.records, pseudo_labels.class_pixels)
+        drawn = pseudo_labels.drawn
+        pool = Pool(pseudo_labels.records[drawn], pseudo_labels.class_pixels[drawn])
         return Labels(labeled, pseudo_labels.records, pseudo_labels.labels), pool
     records = records_of(run.prepared, run.split.unlabeled)
     size, classes = run.prepared.image_size, run.prepared.num_classes
@@ -83,7 +84,8 @@ def slices_of(run: Run, kind: str, pseudo_labels: PseudoLabels | None) -> Device
     draw, everything, sampled = None, records, run.programs[kind].method.sampler
     if sampled is not None:
         draw = sampled(labeled, unlabeled)
-        everything = np.concatenate([labeled.records, unlabeled.records])
+        # With the pool's slices that are not learnt from now: the store keeps its shape.
+        everything = np.concatenate([labeled.records, unlabeled.records, labels.pseudo])
     draws = sampler(run.config.seed, records, data.labeled_batch_size, draw)
     return DeviceSlices(run.prepared, labels, draws, everything)
 

@@ -38,6 +38,20 @@ def test_bytes_give_the_labels_of_the_probabilities(min_confidence, keep_largest
     np.testing.assert_array_equal(label_of_bytes(found, keep_largest=keep_largest), expected)
 
 
+def test_volumes_are_drawn_until_they_have_enough_slices():
+    num_slices = {f"v{k}": 5 + k for k in range(10)}
+    seen = set()
+    for seed in range(50):
+        ids = label_stream.draw_volumes(np.random.default_rng(seed), num_slices, 20)
+        total = [num_slices[v] for v in ids]
+        assert sum(total) >= 20 > sum(total[:-1]) and len(set(ids)) == len(ids)
+        seen.update(ids)
+    assert seen == set(num_slices)
+    for wanted in (0, 1000):
+        found = label_stream.draw_volumes(np.random.default_rng(0), num_slices, wanted)
+        assert set(found) == set(num_slices)
+
+
 def test_the_crf_refines_on_all_devices():
     """Each its share of the slices; as one device would all of them."""
     settings = {"spatial_sigma": 2.0, "spatial_weight": 3.0, "bilateral_sigma": 0.01}

@@ -18,13 +18,15 @@ from small_run import TIMES, logged
 from tensorboardX.proto import event_pb2
 
 from lclseg import report, train
+from lclseg.data.batches import records_of
 from lclseg.errors import ConfigError, NonFiniteLossError
 from lclseg.evaluation import VolumePrediction
-from lclseg.label_stream import predict_pool, refinement
+from lclseg.label_stream import predict_labels, refinement, refresher
 from lclseg.losses import IGNORE
 from lclseg.pseudo_labels import PseudoLabelError, label_of, load_pseudo_labels
 from lclseg.run import checkpoint, devices, setup
 from lclseg.run.predictions import evaluate_state, predictor
+from lclseg.run.programs import stages
 from lclseg.run.setup import initial_state, start_run
 from lclseg.run.stage_files import StageFiles
 from lclseg.run.start_from import take_over_baseline
@@ -605,9 +607,44 @@ def test_refreshed_labels_are_those_of_the_probabilities(finished, data_dir, crf
     expected = np.concatenate(expected)
     assert 0 < np.mean(expected == IGNORE) < 1
     with mock.patch("lclseg.evaluation.VolumePrediction", wraps=VolumePrediction) as made:
-        found = predict_pool(run, state, stored)
+        found = predict_labels(run, state, stored.report["volume_ids"])
     np.testing.assert_array_equal(found, expected)
     bytes_a_pixel = {
         np.asarray(call.args[2]).nbytes // call.args[1].size for call in made.mock_calls
     }
     assert bytes_a_pixel == ({2 * 4 * 4} if crf_steps else {1})
+
+
+def test_a_part_of_the_pool_is_labelled_anew(finished, data_dir, tmp_path):
+    """One volume, drawn; it alone is learnt from. A resumed stage goes on with the same labels."""
+    workdir, _ = finished
+    run = start_run(tiny_config(data_dir), workdir)
+    stored = load_pseudo_labels(workdir / "pseudo_labels" / "round_1", run.prepared)
+    state = devices.replicate(initial_state(run, "first"))
+    config = run.config.copy_and_resolve_references()
+    config.rounds.refresh_slices = 1
+    run = dataclasses.replace(run, config=config, workdir=tmp_path)
+    stage = stages(config, run.method)[1]
+    labels, refresh = refresher(run, stage, stored, done=0)
+    assert labels is stored
+    drawn = set()
+    for number in range(1, 9):
+        labels = refresh(state, number, 0)
+        (volume_id,) = (
+            v
+            for v in stored.report["volume_ids"]
+            if list(stored.records[labels.drawn]) == list(run.prepared.volumes[v].slices)
+        )
+        drawn.add(volume_id)
+        found = predict_labels(run, state, [volume_id])
+        np.testing.assert_array_equal(labels.labels[labels.drawn], found)
+        assert np.all(np.delete(labels.labels, labels.drawn, axis=0) == IGNORE)
+        learnt = slices_of(run, "joint", labels).sampler(stage.first_step)["pairs"]
+        assert set(learnt) <= {
+            *stored.records[labels.drawn],
+            *records_of(run.prepared, run.split.labeled),
+        }
+    assert len(drawn) > 1
+    again, _ = refresher(run, stage, stored, done=8)
+    np.testing.assert_array_equal(again.labels, labels.labels)
+    np.testing.assert_array_equal(again.drawn, labels.drawn)
