@@ -3,18 +3,22 @@
   python -m benchmarks.accelerator [--minutes 6] [--tiny] [--json FILE]
 
 One line for each measurement, as it is known; --json has each as a line of JSON at once. A part
-that fails is a line with its error, and the next one goes on; none begins after the minutes are
-over, and the short run of configs/phantom.py at the end gets what is left. Bytes and operations are
-those that `benchmarks.floor` counts, the least that a step needs. Data are random: speed only, but
-for the golden values of the contrastive loss.
+that fails is a line with its error, and the next one goes on. A measurement is begun only while as
+much time is left as the longest one took; what is left out is a line, too. The short run of
+configs/phantom.py at the end gets the rest of the minutes. Bytes and operations are those that
+`benchmarks.floor` counts, the least that a step needs. Data are random: speed only, but for the
+golden values of the contrastive loss.
 """
 
 import argparse
 import functools
+import importlib.util
 import json
+import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,6 +32,43 @@ from lclseg import crf, losses, steps
 
 PAPER_SLICES = 40  # of the paper's batch
 SEEDS = 4
+# Or the first of JAX, PyTorch and the short run would hold most of a GPU's memory.
+ENVIRONMENT = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+
+
+class OutOfTimeError(Exception):
+    """What would come next does not fit into the minutes; the message says so."""
+
+
+class Clock:
+    """The minutes that there are."""
+
+    def __init__(self, minutes: float):
+        self.end = time.monotonic() + 60 * minutes
+        self.longest = 0.0  # seconds of a measurement, compilation included
+
+    def left(self) -> float:
+        """Seconds."""
+        return self.end - time.monotonic()
+
+    def seconds_of(self, function: Callable, repeats: int, wait=jax.block_until_ready) -> float:
+        """Median seconds of a call, its result waited for; the first, which compiles, left out.
+
+        Raises:
+          OutOfTimeError: less is left than the longest measurement took.
+        """
+        if self.left() < max(self.longest, 1):
+            raise OutOfTimeError(
+                f"{max(self.left(), 0):.0f} s are left, the longest measurement took "
+                f"{self.longest:.0f} s"
+            )
+        started, found = time.monotonic(), []
+        run = functools.partial(harness.timed, lambda: wait(function()))
+        run()
+        while not found or (len(found) < repeats and self.left() > 0):
+            found.append(run())
+        self.longest = max(self.longest, time.monotonic() - started)
+        return float(np.median(found))
 
 
 def config_of(size: int, slices: int, dtype: str, tiny: bool):
@@ -66,13 +107,6 @@ def inputs(config, length: int = 1):
     return step, create(key), store, rows, key
 
 
-def seconds_of(function: Callable, repeats: int) -> float:
-    """Median seconds of a call, its result waited for; the first, which compiles, left out."""
-    run = functools.partial(harness.timed, lambda: jax.block_until_ready(function()))
-    run()
-    return float(np.median([run() for _ in range(repeats)]))
-
-
 def golden() -> Iterator[dict]:
     """Largest relative differences from the golden values, over all files."""
     for path in sorted((harness.ROOT / "tests" / "golden").glob("*.npz")):
@@ -101,7 +135,7 @@ def step_time(size: int, slices: int, dtype: str, args) -> Iterator[dict]:
     config = config_of(size, slices, dtype, args.tiny)
     step, state, store, rows, key = inputs(config)
     compiled, first = jax.jit(step), {g: r[0] for g, r in rows.items()}
-    seconds = seconds_of(lambda: compiled(state, store, first, key), args.repeats)
+    seconds = args.clock.seconds_of(lambda: compiled(state, store, first, key), args.repeats)
     found = floor.operations(config)
     chip = floor.KINDS.get(jax.devices()[0].device_kind)
     yield {
@@ -128,62 +162,90 @@ def scan(size: int, dtype: str, args) -> Iterator[dict]:
             now, _ = one(now, store, {g: r[i] for g, r in rows.items()}, key)
         return now
 
-    alone = seconds_of(singly, args.repeats) / length
-    together = seconds_of(lambda: many(state, store, rows, np.int32(length), key), args.repeats)
-    yield {"px": size, "single, ms": 1e3 * alone, "scan, ms": 1e3 * together / length}
+    def together():
+        return many(state, store, rows, np.int32(length), key)
+
+    alone = args.clock.seconds_of(singly, args.repeats) / length
+    yield {"px": size, "dtype": dtype, "single, ms": 1e3 * alone}
+    seconds = args.clock.seconds_of(together, args.repeats) / length
+    yield {"px": size, "dtype": dtype, "scan, ms": 1e3 * seconds, "of single": seconds / alone}
 
 
 def seeds(size: int, dtype: str, args) -> Iterator[dict]:
-    """One seed against several in one program."""
+    """Several seeds in one program against one after the other."""
     config = config_of(size, PAPER_SLICES, dtype, args.tiny)
     step, state, store, rows, key = inputs(config)
     first = {g: r[0] for g, r in rows.items()}
     one, many = jax.jit(step), jax.jit(jax.vmap(step, in_axes=(0, None, None, 0)))
     states = jax.tree.map(lambda x: jnp.stack([x] * SEEDS), state)
     keys = jax.random.split(key, SEEDS)
-    alone = seconds_of(lambda: one(state, store, first, key), args.repeats)
-    together = seconds_of(lambda: many(states, store, first, keys), args.repeats)
-    yield {"px": size, "1 seed, ms": 1e3 * alone, f"{SEEDS} seeds, ms": 1e3 * together}
+    alone = args.clock.seconds_of(lambda: one(state, store, first, key), args.repeats)
+    yield {"px": size, "dtype": dtype, "1 seed, ms": 1e3 * alone}
+    together = args.clock.seconds_of(lambda: many(states, store, first, keys), args.repeats)
+    name = f"{SEEDS} seeds, ms"
+    shared = {"px": size, "dtype": dtype}
+    yield {**shared, name: 1e3 * together, "of one by one": together / alone / SEEDS}
 
 
-def peer(size: int, args) -> Iterator[dict]:
-    """PyTorch's forward and backward pass and Adam, bfloat16, without augmentation."""
-    try:
-        import torch
-    except ModuleNotFoundError:
-        yield {"PyTorch": "not installed"}
-        return
+def peer(sizes: list[int], args) -> Iterator[dict]:
+    """PyTorch's steps, in a process of its own: the two would share CUDA's libraries."""
+    command = [sys.executable, "-m", "benchmarks.accelerator", "--torch", *map(str, sizes)]
+    command += [f"--minutes={args.clock.left() / 60}", f"--repeats={args.repeats}"]
+    command += ["--tiny"] if args.tiny else []
+    with subprocess.Popen(command, cwd=harness.ROOT, stdout=subprocess.PIPE, text=True) as process:
+        timer = threading.Timer(max(args.clock.left(), 1), process.kill)
+        timer.start()
+        yield from map(json.loads, process.stdout)
+    timer.cancel()
+    if process.returncode:
+        yield {"error": f"its process ended with {process.returncode}"}
+
+
+def torch_steps(size: int, args) -> Iterator[dict]:
+    """PyTorch's joint step, that of `benchmarks.train_step`, on as many random slices."""
+    import torch
+
     from benchmarks import torch_peer
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    net = torch_peer.UNet(floor.NUM_CLASSES).to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
-    image = torch.rand(PAPER_SLICES, 1, size, size, device=device)
-    label = torch.randint(floor.NUM_CLASSES, (PAPER_SLICES, size, size), device=device)
-    image = image.contiguous(memory_format=torch.channels_last)
-    for name in ("eager", "compile"):
+    torch.set_default_device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.set_float32_matmul_precision("high")  # TF32, as JAX has it
+    labeled = 4 if args.tiny else PAPER_SLICES // 2
+    shapes = {"": (labeled,), "pair_": (labeled // 2, 2)}
+    batch = {f"{k}image": torch.rand(*n, size, size) for k, n in shapes.items()}
+    for k, n in shapes.items():
+        batch[f"{k}label"] = torch.randint(floor.NUM_CLASSES, (*n, size, size))
+    filters = {"filters": (4, 8)} if args.tiny else {}
+    kinds = [("eager", torch.bfloat16), ("eager", None)]
+    for mode, dtype in kinds if args.tiny else [*kinds, ("compiled trunk", torch.bfloat16)]:
+        net = torch_peer.UNet(floor.NUM_CLASSES, **filters).train()
+        net = net.to(memory_format=torch.channels_last)
+        optimizer = torch.optim.Adam(net.parameters(), lr=1e-3, fused=True)
+        if mode != "eager":
+            net.trunk = torch.compile(net.trunk)
+        options = {"num_classes": floor.NUM_CLASSES, "weight": 0.1, "dtype": dtype}
+        step = functools.partial(torch_peer.train_step, net, optimizer, batch, **options)
+        named = {"px": size, "mode": mode, "dtype": "float32" if dtype is None else "bfloat16"}
         try:
-            trunk = torch.compile(net.trunk) if name == "compile" else net.trunk
-
-            def step(trunk=trunk):
-                with torch.autocast(device, torch.bfloat16):
-                    logits = net.segment(trunk(image))
-                optimizer.zero_grad(set_to_none=True)
-                torch_peer.dice_loss(logits.float(), label).backward()
-                optimizer.step()
-                if device == "cuda":
-                    torch.cuda.synchronize()
-
-            step()
-            step()
-            found = [harness.timed(step) for _ in range(args.repeats)]
-            yield {
-                "px": size,
-                "mode": name,
-                "no augmentation, Dice loss; ms": 1e3 * np.median(found),
-            }
+            seconds = args.clock.seconds_of(step, args.repeats, lambda loss: loss.item())
+        except OutOfTimeError:
+            raise
         except Exception as error:  # torch.compile needs what may not be there
-            yield {"px": size, "mode": name, "error": repr(error)[:200]}
+            yield {**named, "error": repr(error)[:200]}
+        else:
+            yield {**named, "ms": 1e3 * seconds}
+
+
+def tell_torch_steps(args) -> None:
+    """Prints lines of JSON, for `peer`."""
+    if importlib.util.find_spec("torch") is None:
+        print(json.dumps({"PyTorch": "not installed"}))
+        return
+    try:
+        for size in args.torch:
+            for line in torch_steps(size, args):
+                print(json.dumps(line), flush=True)
+    except OutOfTimeError as reason:
+        print(json.dumps({"left out": str(reason)}))
 
 
 def refinement(size: int, args) -> Iterator[dict]:
@@ -191,7 +253,7 @@ def refinement(size: int, args) -> Iterator[dict]:
     number = 2 if args.tiny else PAPER_SLICES
     image, probs = map(jnp.asarray, dense_crf.make_slices(number, size, floor.NUM_CLASSES))
     settings = dense_crf.settings()
-    seconds = seconds_of(lambda: crf.dense_crf(image, probs, **settings), args.repeats)
+    seconds = args.clock.seconds_of(lambda: crf.dense_crf(image, probs, **settings), args.repeats)
     yield {"px": size, "CRF, slices/s": number / seconds}
 
 
@@ -202,25 +264,60 @@ def prediction(size: int, dtype: str, args) -> Iterator[dict]:
     images = jnp.ones((PAPER_SLICES, size, size))
     model = step.keywords["net"].model
     predict = jax.jit(functools.partial(steps.predict_step, model=model))
-    seconds = seconds_of(lambda: predict(state, images), args.repeats)
+    seconds = args.clock.seconds_of(lambda: predict(state, images), args.repeats)
     yield {"px": size, "dtype": dtype, "prediction, slices/s": PAPER_SLICES / seconds}
 
 
-def short_run(seconds: float) -> Iterator[dict]:
+def short_run(args) -> Iterator[dict]:
     """configs/phantom.py as a user runs it; it is ended when the time is over."""
     with tempfile.TemporaryDirectory() as folder:
+        workdir, log = Path(folder) / "run", Path(folder) / "log.txt"
         command = [sys.executable, "-m", "lclseg.main", "--config=configs/phantom.py"]
-        command += [f"--workdir={folder}/run", f"--config.data.data_dir={folder}/data"]
-        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        command += [f"--workdir={workdir}", f"--config.data.data_dir={folder}/data"]
+        if args.tiny:
+            command += [f"--config.{option}" for option in TINY_RUN]
         started = time.monotonic()
         try:
-            subprocess.run(command, cwd=harness.ROOT, timeout=seconds, check=True, **quiet)
+            with log.open("w") as out:
+                subprocess.run(
+                    command,
+                    cwd=harness.ROOT,
+                    env={**os.environ, **ENVIRONMENT},
+                    stdout=out,
+                    stderr=subprocess.STDOUT,
+                    timeout=max(args.clock.left(), 1),
+                    check=True,
+                )
+            ended = "done"
         except subprocess.TimeoutExpired:
-            yield {"run": "not done in time", "s": time.monotonic() - started}
-            return
-        results = json.loads((Path(folder) / "run" / "results.json").read_text())["results"]
-        dice = {k: r["test_last"]["mean_dice"] for k, r in results.items()}
-        yield {"run": "done", "s": time.monotonic() - started, **dice}
+            ended = "not done in time"
+        except subprocess.CalledProcessError:
+            lines = log.read_text().strip().splitlines()
+            ended = f"failed: {lines[-1] if lines else ''}"
+        yield {"run": ended, "s": time.monotonic() - started}
+        metrics = workdir / "metrics.jsonl"
+        lines = metrics.read_text().splitlines() if metrics.exists() else []
+        speed = {}  # of the last log line of each stage, which no compilation slows down
+        for line in map(json.loads, lines):
+            if "device_busy" in line:
+                speed[line["stage"]] = {k: line[k] for k in ("steps_per_second", "device_busy")}
+        results = workdir / "results.json"
+        stages = json.loads(results.read_text())["results"] if results.exists() else {}
+        for stage, found in speed.items():
+            tested = stages.get(stage, {}).get("test_last", {}).get("mean_dice")
+            yield {"stage": stage, **found, "test Dice": tested}
+
+
+TINY_RUN = (
+    "data.image_size=32",
+    "data.target_spacing_mm=4.0",
+    "data.unlabeled=('phantom_010','phantom_011')",
+    "data.test=('phantom_044',)",
+    "model.filters=(4,8)",
+    "rounds.baseline_steps=4",
+    "rounds.steps_per_round=4",
+    "num_cpu_devices=1",
+)
 
 
 def parts(args) -> Iterator[tuple[str, Callable[[], Iterator[dict]]]]:
@@ -231,25 +328,29 @@ def parts(args) -> Iterator[tuple[str, Callable[[], Iterator[dict]]]]:
         for size in sizes:
             for dtype in ("bfloat16", "float32"):
                 yield "step", functools.partial(step_time, size, slices, dtype, args)
+    yield "PyTorch", functools.partial(peer, sizes, args)
     for size in sizes:
         yield "scan", functools.partial(scan, size, "bfloat16", args)
         yield "seeds", functools.partial(seeds, size, "bfloat16", args)
-        if not args.tiny:
-            yield "PyTorch", functools.partial(peer, size, args)
     yield "CRF", functools.partial(refinement, sizes[0], args)
     yield "prediction", functools.partial(prediction, sizes[0], "bfloat16", args)
+    yield "phantom", functools.partial(short_run, args)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser("benchmarks.accelerator", description=__doc__)
     parser.add_argument("--minutes", type=float, default=6)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--tiny", action="store_true", help="small, seconds on a CPU")
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--tiny", action="store_true", help="small, for a CPU")
     parser.add_argument("--json", type=Path, help="each line goes to this file as it is known")
+    parser.add_argument("--torch", type=int, nargs="+", help="of PyTorch's process: px")
     args = parser.parse_args()
-    end = time.monotonic() + 60 * args.minutes
+    os.environ.update(ENVIRONMENT)
+    args.clock = Clock(args.minutes)
     if args.tiny:
         args.repeats = 1
+    if args.torch:
+        return tell_torch_steps(args)
     if args.json:
         args.json.write_text("")
 
@@ -264,22 +365,16 @@ def main() -> None:
     tell(
         "device", {"kind": device.device_kind, "platform": device.platform, "jax": jax.__version__}
     )
-
-    def guarded(part: str, work: Callable[[], Iterator[dict]]) -> None:
+    for part, work in parts(args):
         try:
+            if args.clock.left() <= 0:
+                raise OutOfTimeError("the minutes are over")
             for line in work():
                 tell(part, line)
+        except OutOfTimeError as reason:
+            tell(part, {"left out": str(reason)})
         except Exception as error:  # the next part may work
             tell(part, {"error": repr(error)[:300]})
-
-    for part, work in parts(args):
-        if time.monotonic() > end:
-            tell(part, {"left out": "the time is over"})
-        else:
-            guarded(part, work)
-    left = end - time.monotonic()
-    if not args.tiny and left > 0:
-        guarded("phantom", functools.partial(short_run, left))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The joint step in PyTorch, as a competent user would write it: the peer of lclseg's.
 
-Same architecture, losses, batch and augmentation; channels_last, vectorised, fused Adam. Letters:
+Same architecture, losses, batch and augmentation; channels_last, vectorised, fused Adam. New arrays
+are made on PyTorch's default device. Letters:
 B labelled slices, P pairs, H W pixels, N = H W, C classes, c = C - 1, E embedding, K anchors.
 """
 
@@ -242,13 +243,27 @@ def augment(batch: dict) -> dict:
     return {**batch, "image": jitter(image, (0.8, 1.2), 0.1), "label": label, "pair_image": views}
 
 
-def losses(net: UNet, batch: dict, *, num_classes: int, pixels_per_class: int | None):
-    """(segmentation loss, contrastive loss) of one forward pass over labelled slices and views."""
+def losses(
+    net: UNet,
+    batch: dict,
+    *,
+    num_classes: int,
+    pixels_per_class: int | None,
+    dtype: torch.dtype | None = None,
+):
+    """(segmentation loss, contrastive loss) of one forward pass over labelled slices and views.
+
+    `dtype`: of the network's computation, but for what PyTorch's autocast leaves in float32; None:
+    that of its parameters. The losses are float32 at least.
+    """
     num_labeled = len(batch["image"])
     images = torch.cat([batch["image"], batch["pair_image"].flatten(0, 1)])[:, None]
-    features = net.trunk(images.contiguous(memory_format=torch.channels_last))
-    logits = net.segment(features[:num_labeled])
-    z = net.project(features[num_labeled:])
+    with torch.autocast(images.device.type, dtype or torch.bfloat16, enabled=dtype is not None):
+        features = net.trunk(images.contiguous(memory_format=torch.channels_last))
+        logits = net.segment(features[:num_labeled])
+        z = net.project(features[num_labeled:])
+    if dtype is not None:
+        logits, z = logits.float(), z.float()
     labels = batch["pair_label"].flatten(2)
     z = z.permute(0, 2, 3, 1).reshape(*labels.shape, z.shape[1])
     anchors = None
@@ -258,16 +273,24 @@ def losses(net: UNet, batch: dict, *, num_classes: int, pixels_per_class: int | 
     return dice_loss(logits, batch["label"]), contrastive
 
 
-def train_step(net: UNet, optimizer, batch: dict, *, num_classes: int, weight: float) -> float:
-    """One joint step: augmentation, forward, backward, Adam; returns the loss."""
+def train_step(
+    net: UNet,
+    optimizer,
+    batch: dict,
+    *,
+    num_classes: int,
+    weight: float,
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """One joint step: augmentation, forward, backward, Adam; returns the loss, not waited for."""
     segmentation, contrastive = losses(
-        net, augment(batch), num_classes=num_classes, pixels_per_class=3
+        net, augment(batch), num_classes=num_classes, pixels_per_class=3, dtype=dtype
     )
     loss = segmentation + weight * contrastive
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     optimizer.step()
-    return loss.item()
+    return loss.detach()
 
 
 def load_batch(path) -> dict:

@@ -248,13 +248,14 @@ def serve_torch(folder: Path, size: int, threads: int) -> None:
 
         def work():
             for _ in range(num_steps):
-                torch_peer.train_step(
+                loss = torch_peer.train_step(
                     c["net"],
                     c["optimizer"],
                     c["batch"],
                     num_classes=c["num_classes"],
                     weight=c["weight"],
                 )
+            loss.item()
 
         return harness.timed(work) / num_steps
 

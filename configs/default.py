@@ -100,6 +100,8 @@ def get_config(method: str = "local_contrastive") -> ConfigDict:
     rounds.start_from = ""
     # Within a round, pseudo-labels are made anew every so many steps; 0: once a round.
     rounds.refresh_every = 0
+    # Of volumes with so many slices, drawn each time, which alone are learnt from then; 0: of all.
+    rounds.refresh_slices = 0
     rounds.eval_every = 50  # steps between validations
     # Training batches from which BatchNorm's statistics are re-estimated before each validation.
     # 0: running averages, which lag by 100 steps and, with ema_decay, belong to other weights.

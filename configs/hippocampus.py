@@ -79,6 +79,4 @@ def get_config(method: str = "self_training") -> ConfigDict:
     data.pool = POOL
     data.splits = table(IDS, SPLITS) | {"all": all_but(IDS, POOL, ALL)}
     short["shorten"](config, 8)
-    # A pass through the pool, 6000 slices, takes as long as 100 steps.
-    config.rounds.refresh_every = 300
     return config

@@ -45,5 +45,4 @@ def get_config(method: str = "self_training") -> ConfigDict:
     data.draw_seed = 0
     data.split = "drawn"
     short["shorten"](config, 8)
-    config.rounds.refresh_every = 200  # a pass through a large pool takes as long as 100 steps
     return config

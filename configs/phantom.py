@@ -22,8 +22,8 @@ patients, table, all_but = lists["patients"], lists["table"], lists["all_but"]
 IDS = "phantom_{:03d}"
 
 POOL = patients(IDS, "0-43")
-# Volumes of the pool on which a baseline was as good as on the pool's average (0.80). On an easy pair
-# (0.93) every model is good, and validation tells none apart.
+# Volumes of the pool on which a baseline was as good as on the pool's average (0.80). On an easy
+# pair (0.93) every model is good, and validation tells none apart.
 TYPICAL = {"c1": "12 28", "c2": "5 24", "c3": "19 42"}
 # num_labeled: split: (labelled, validation)
 SPLITS = {

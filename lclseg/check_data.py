@@ -78,7 +78,9 @@ def look_at_case(case: Files, num_classes: int | None = None) -> tuple[list[str]
     except VolumeError as error:
         return str(error).splitlines(), []
     values = [int(v) for v in found]
-    others = [v for v in values if num_classes is not None and v >= num_classes]
+    if num_classes is None:
+        return [], values
+    others = [v for v in values if v >= num_classes]
     if not others:
         return [], values
     return [

@@ -6,16 +6,25 @@ after an interruption does so with the very same ones. Rounds are the case n = s
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
 from lclseg import evaluation
 from lclseg.crf import dense_crf
-from lclseg.pseudo_labels import PseudoLabels, count_classes, label_of
-from lclseg.run import multihost
+from lclseg.losses import IGNORE
+from lclseg.pseudo_labels import (
+    UNCERTAIN,
+    PseudoLabels,
+    count_classes,
+    label_bytes,
+    label_of,
+    label_of_bytes,
+)
+from lclseg.run import devices, multihost
 from lclseg.run.predictions import predictor
 from lclseg.run.programs import Stage
 from lclseg.run.setup import Run
@@ -55,36 +64,61 @@ class StoredLabels:
                 path.unlink()
 
 
+@functools.cache  # or each round would compile its own
+def _with_crf(**settings) -> Callable:
+    def both(image, probs):
+        return jnp.stack([probs, dense_crf(image, probs, **settings)], axis=1)
+
+    return devices.on_each(both)
+
+
+@functools.cache
+def _without_crf() -> Callable:
+    return devices.on_each(lambda image, probs: jnp.stack([probs, probs], axis=1))
+
+
+@functools.cache
+def _as_bytes(min_confidence: float) -> Callable:
+    return devices.on_each(lambda image, probs: label_bytes(probs, min_confidence))
+
+
 def refinement(config: ConfigDict) -> Callable:
-    """(slices, probabilities) -> those that the CRF of the config makes of them."""
-    if config.crf.num_steps:
-        return functools.partial(dense_crf, **config.crf)
-    return lambda images, probs: probs
+    """What makes `PredictRefined` of a predictor, on all devices: the config's CRF, if any."""
+    return _with_crf(**config.crf) if config.crf.num_steps else _without_crf()
 
 
-def predict_pool(run: Run, replicated, pseudo_labels: PseudoLabels) -> np.ndarray:
-    """Labels [n, H, W] uint8 of the pool's slices by a state, a copy per device.
+def draw_volumes(rng: np.random.Generator, num_slices: Mapping[str, int], wanted: int) -> list[str]:
+    """Volumes in a random order, until they have so many slices together; 0: all."""
+    ids = list(num_slices)
+    if not wanted:
+        return ids
+    shuffled = [ids[k] for k in rng.permutation(len(ids))]
+    total = np.cumsum([num_slices[v] for v in shuffled])
+    return shuffled[: int(np.searchsorted(total, wanted)) + 1]
+
+
+def predict_labels(run: Run, replicated, volume_ids: Sequence[str]) -> np.ndarray:
+    """Labels [n, H, W] uint8 of volumes, in the order of their records, by a state.
 
     As for a round: refined by the CRF, the largest component kept, uncertain pixels `IGNORE`, each
-    as the config has it.
+    as the config has it. The state is a copy per device.
     """
-    options, ids = run.config.pseudo_labels, pseudo_labels.report["volume_ids"]
+    options = run.config.pseudo_labels
+    keep_largest = run.classes_in_one_piece(options.largest_component)
+    label: Callable[..., np.ndarray]
+    if run.config.crf.num_steps or run.prepared.num_classes > UNCERTAIN:
+        finish = refinement(run.config)
+        label = functools.partial(label_of, min_confidence=options.min_confidence)
+    else:  # a byte a pixel, where the probabilities are many
+        finish, label = _as_bytes(options.min_confidence), label_of_bytes
     predictions = evaluation.predict_volumes(
         # Not stoppable: it belongs to the step before it.
-        predictor(run, replicated, refine=refinement(run.config), stoppable=False),
+        predictor(run, replicated, finish=finish, stoppable=False),
         run.prepared,
-        sorted(ids, key=lambda v: run.prepared.volumes[v].first_slice),
+        sorted(volume_ids, key=lambda v: run.prepared.volumes[v].first_slice),
         batch_size=run.config.data.eval_batch_size,
     )
-    found = [
-        label_of(
-            prediction.probs,
-            min_confidence=options.min_confidence,
-            keep_largest=run.classes_in_one_piece(options.largest_component),
-        )
-        for prediction in predictions
-    ]
-    return np.concatenate(found)
+    return np.concatenate([label(p.probs, keep_largest=keep_largest) for p in predictions])
 
 
 def refresher(
@@ -92,20 +126,38 @@ def refresher(
 ) -> tuple[PseudoLabels, Callable[..., PseudoLabels]]:
     """The labels that a stage goes on with after step `done`, and what makes them anew.
 
+    Of a large pool a part: volumes with `rounds.refresh_slices` slices, drawn each time, which
+    alone are learnt from until the next time. So the time that it takes does not grow with the
+    pool, and no label that is learnt from is older than `rounds.refresh_every` steps.
+
     Returns:
       The labels; and (state, a copy per device; step of the stage; newest step with a checkpoint)
       -> labels, which are stored.
     """
     stored = StoredLabels(run.workdir / "pseudo_labels" / stage.name)
 
-    def replaced(labels: np.ndarray) -> PseudoLabels:
-        counts = count_classes(labels, run.prepared.num_classes)
-        return dataclasses.replace(pseudo_labels, labels=labels, class_pixels=counts)
+    volumes = run.prepared.volumes
+    num_slices = {v: len(volumes[v].slices) for v in pseudo_labels.report["volume_ids"]}
+
+    def drawn_at(number: int) -> tuple[list[str], np.ndarray]:
+        rng = np.random.default_rng((run.config.seed, stage.first_step + number))
+        ids = draw_volumes(rng, num_slices, run.config.rounds.refresh_slices)
+        records = np.sort(np.concatenate([volumes[v].slices for v in ids]))
+        return ids, np.searchsorted(pseudo_labels.records, records)
+
+    def replaced(rows: np.ndarray, labels: np.ndarray) -> PseudoLabels:
+        every = np.full(pseudo_labels.labels.shape, IGNORE, np.uint8)
+        every[rows] = labels
+        counts = count_classes(every, run.prepared.num_classes)
+        return dataclasses.replace(pseudo_labels, labels=every, class_pixels=counts, drawn=rows)
 
     def refresh(replicated, number: int, checkpointed: int) -> PseudoLabels:
-        labels = predict_pool(run, replicated, pseudo_labels)
+        ids, rows = drawn_at(number)
+        labels = predict_labels(run, replicated, ids)
         stored.write(number, labels, checkpointed)
-        return replaced(labels)
+        return replaced(rows, labels)
 
-    newest = stored.newest(done)
-    return (replaced(stored.read(newest)) if newest else pseudo_labels), refresh
+    if newest := stored.newest(done):
+        _, rows = drawn_at(newest)
+        return replaced(rows, stored.read(newest)), refresh
+    return pseudo_labels, refresh

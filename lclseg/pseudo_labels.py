@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from lclseg import evaluation, metrics
@@ -24,6 +26,7 @@ logger = logging.getLogger("lclseg")
 # A class is suspicious if the pool's volumes show it so many times more, or less, of it than the
 # labelled ones do.
 SUSPICIOUS_FACTOR = 4
+UNCERTAIN = 128  # what `label_bytes` adds to a class; classes are fewer
 
 # Maps slices [M, H, W] to class probabilities [M, 2, H, W, C], for any M: the network's, which tell
 # how sure it is, and the refined ones, whose most probable class is the label. Refining saturates
@@ -45,6 +48,7 @@ class PseudoLabels:
       labels: [n, H, W] uint8 on the training grid, mapped from disk; `IGNORE` where uncertain.
       class_pixels: [n, C] pixels of each class per slice: the sampler's index table.
       report: statistics of the round, ready for JSON; names the volumes.
+      drawn: rows of `records` that are learnt from.
     """
 
     folder: Path
@@ -52,6 +56,7 @@ class PseudoLabels:
     labels: np.ndarray
     class_pixels: np.ndarray
     report: dict
+    drawn: slice | np.ndarray = slice(None)
 
     def read(self, records: np.ndarray) -> np.ndarray:
         """Labels [B, H, W] of the given records; raises KeyError if one has none."""
@@ -164,9 +169,30 @@ def label_of(
     component; `IGNORE` where the network's own probability is below `min_confidence`.
     """
     label = probs[:, 1].argmax(axis=-1).astype(np.uint8)
-    label = largest_component(label, keep_largest)
-    label[probs[:, 0].max(axis=-1) < min_confidence] = IGNORE
+    return _finished(label, probs[:, 0].max(axis=-1) < min_confidence, keep_largest)
+
+
+def _finished(label: np.ndarray, uncertain: np.ndarray, keep_largest: Sequence[int]) -> np.ndarray:
+    label = largest_component(label, keep_largest)  # before pixels are taken out of it
+    label[uncertain] = IGNORE
     return label
+
+
+def label_bytes(probs: jax.Array, min_confidence: float) -> jax.Array:
+    """On the device: all that `label_of` needs of unrefined probabilities [..., C], as a byte.
+
+    Returns [..., 1] uint8, the most probable class, plus `UNCERTAIN` where it has a probability
+    below `min_confidence`.
+    """
+    label = jnp.argmax(probs, axis=-1, keepdims=True).astype(jnp.uint8)
+    uncertain = jnp.max(probs, axis=-1, keepdims=True) < min_confidence
+    return label + UNCERTAIN * uncertain.astype(jnp.uint8)
+
+
+def label_of_bytes(found: np.ndarray, *, keep_largest: Sequence[int]) -> np.ndarray:
+    """`label_of`, from `label_bytes` [S, H, W, 1]."""
+    found = found[..., 0]
+    return _finished(found % UNCERTAIN, found >= UNCERTAIN, keep_largest)
 
 
 def _create_labels(folder: Path, num_slices: int, size: int) -> np.memmap:

@@ -49,7 +49,8 @@ class Best(NamedTuple):
       validation_dice: of `state`; None without validation volumes.
       stage: which one.
       history: the validations.
-      seconds: spent on "train", "validate" and "pseudo_labels", over all starts of the stage.
+      seconds: spent on "train", "validate" and "pseudo_labels", over all starts of the stage; and
+        "device", the part of "train" in which the devices had work, see `Trained`.
     """
 
     state: steps.TrainState
@@ -64,7 +65,8 @@ def labels_of(run: Run, pseudo_labels: PseudoLabels | None) -> tuple[Labels, Poo
     """What training may see: ground truth of labelled slices, pseudo-labels; and the pool."""
     labeled = records_of(run.prepared, run.split.labeled)
     if pseudo_labels is not None:
-        pool = Pool(pseudo_labels.records, pseudo_labels.class_pixels)
+        drawn = pseudo_labels.drawn
+        pool = Pool(pseudo_labels.records[drawn], pseudo_labels.class_pixels[drawn])
         return Labels(labeled, pseudo_labels.records, pseudo_labels.labels), pool
     records = records_of(run.prepared, run.split.unlabeled)
     size, classes = run.prepared.image_size, run.prepared.num_classes
@@ -82,29 +84,69 @@ def slices_of(run: Run, kind: str, pseudo_labels: PseudoLabels | None) -> Device
     draw, everything, sampled = None, records, run.programs[kind].method.sampler
     if sampled is not None:
         draw = sampled(labeled, unlabeled)
-        everything = np.concatenate([labeled.records, unlabeled.records])
+        # With the pool's slices that are not learnt from now: the store keeps its shape.
+        everything = np.concatenate([labeled.records, unlabeled.records, labels.pseudo])
     draws = sampler(run.config.seed, records, data.labeled_batch_size, draw)
     return DeviceSlices(run.prepared, labels, draws, everything)
 
 
 class Trained(NamedTuple):
-    """What `run_steps` gives: the state, a copy per device, and the steps' metrics."""
+    """What `run_steps` gives.
+
+    Attributes:
+      state: a copy per device.
+      metrics: of the last step, or of all where one dispatch is a step.
+      first: step, counted over the run, of the first of `metrics`.
+      num_steps: how many were trained.
+      device_seconds: how long the devices had work: from the return of the first dispatch to the
+        end of the wait for the last step. The rest of the time of training is the host's alone:
+        batches, the first dispatch (where a program is compiled), slices that are moved to the
+        devices, files. Where steps are dispatched one by one, gaps between them are not seen.
+    """
 
     state: steps.TrainState
-    metrics: list[dict[str, float]]  # of the last step, or of all where one dispatch is a step
-    first: int  # step, counted over the run, of the first of `metrics`
+    metrics: list[dict[str, float]]
+    first: int
+    num_steps: int
+    device_seconds: float
+
+
+class Mark(NamedTuple):
+    """How far a stage has come.
+
+    Attributes:
+      steps: done.
+      train: seconds of training steps.
+      device: seconds of those in which the devices had work.
+    """
+
+    steps: int
+    train: float
+    device: float
+
+    def since(self, before: "Mark") -> dict[str, float]:
+        """The speed since another mark: `steps_per_second`, and `device_busy`, a share of 1."""
+        seconds = self.train - before.train
+        return {
+            "steps_per_second": round((self.steps - before.steps) / seconds, 3),
+            "device_busy": round((self.device - before.device) / seconds, 4),
+        }
 
 
 def run_steps(
-    run: Run, programs: Programs, state: steps.TrainState, slices: DeviceSlices, todo: range
+    run: Run,
+    programs: Programs,
+    state: steps.TrainState,
+    slices: DeviceSlices,
+    todo: range,
+    key: jax.Array,
 ) -> Trained:
     """Trains the steps `todo`, counted over the run, at most `log.every` of them.
 
-    Where one dispatch takes all of them (see `devices.steps_per_dispatch`) there is one wait for
-    the device, here at the end. Ends early where a stop is asked for, if steps are dispatched one
-    by one and no other process would wait.
+    Where one dispatch takes all of them (see `devices.steps_per_dispatch`) that is all that the
+    device is given; and there is one wait for it, here at the end. Ends early where a stop is asked
+    for, if steps are dispatched one by one and no other process would wait.
     """
-    key = named_key(run.key, "steps")
     rows = slices.rows(todo)
     length = devices.steps_per_dispatch(run.config.log.every)
     if length > 1:
@@ -112,18 +154,21 @@ def run_steps(
         padded = {g: np.pad(r, ((0, 0), (0, missing), (0, 0))) for g, r in rows.items()}
         number = np.int32(len(todo))
         state, found = programs.train(state, slices.store, padded, number, key)
+        started = time.monotonic()
         last = {k: float(v[0]) for k, v in jax.device_get(found).items()}
         bad = int(last.pop("first_not_finite"))
-        return Trained(state, [last], todo[min(bad, len(todo) - 1)])
-    waiting = []
+        first = todo[min(bad, len(todo) - 1)]
+        return Trained(state, [last], first, len(todo), time.monotonic() - started)
+    waiting, started = [], math.inf
     for i in range(len(todo)):
         step_rows = {g: r[:, i] for g, r in rows.items()}
         state, found = programs.train(state, slices.store, step_rows, key)
+        started = min(started, time.monotonic())
         waiting.append(found)
         if not multihost.several() and run.stop_asked():
             break
     metrics = [{k: float(v[0]) for k, v in m.items()} for m in jax.device_get(waiting)]
-    return Trained(state, metrics, todo[0])
+    return Trained(state, metrics, todo[0], len(waiting), time.monotonic() - started)
 
 
 def fit(
@@ -150,6 +195,7 @@ def fit(
             labels, refresh = refresher(run, stage, pseudo_labels, done)
         slices = slices_of(run, stage.kind, labels)
         replicated, number, loaded_until = devices.replicate(state), done, done
+        logged, key = mark_of(done, seconds), named_key(run.key, "steps")
         while number < num_steps:
             with timed(seconds, "train"):
                 end = next_stop(number, num_steps, run.config)
@@ -158,14 +204,18 @@ def fit(
                     loaded_until = slices.load(first + number, first + num_steps) - first
                     end = min(end, loaded_until)
                 todo = range(stage.first_step + number, stage.first_step + end)
-                trained = run_steps(run, programs, replicated, slices, todo)
+                trained = run_steps(run, programs, replicated, slices, todo, key)
                 replicated = trained.state
                 scalars = check_finite(run, stage, trained, slices)
-                number = int(devices.unreplicate(replicated.step)) - stage.first_step
-            due = due_at(run, stage, number, run.stop_asked())
-            files.advance(number, scalars["loss"])
+                number += trained.num_steps
+                files.advance(number, scalars["loss"])
+                due = due_at(run, stage, number, run.stop_asked())
+            seconds["device"] = seconds.get("device", 0.0) + trained.device_seconds
             if due.log:
-                files.log(number, scalars)
+                now = mark_of(number, seconds)
+                with timed(seconds, "train"):
+                    files.log(number, scalars | now.since(logged))
+                logged = now
             if not (due.validation or due.stop or due.refresh):
                 continue
             with timed(seconds, "validate"):
@@ -197,6 +247,11 @@ def timed(seconds: dict[str, float], kind: str) -> Iterator[None]:
     started = time.monotonic()
     yield
     seconds[kind] = seconds.get(kind, 0.0) + time.monotonic() - started
+
+
+def mark_of(number: int, seconds: dict[str, float]) -> Mark:
+    """Where a stage stands after `number` steps."""
+    return Mark(number, seconds.get("train", 0.0), seconds.get("device", 0.0))
 
 
 def progress_of(

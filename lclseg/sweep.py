@@ -357,20 +357,30 @@ def write_page(sweep: Sweep, results: Mapping, workdir: Path, folder: Path) -> P
 
 def run_missing(
     sweep: Sweep, workdir: Path, folder: Path, stop_asked: Callable[[], bool] = lambda: False
-) -> None:
+) -> list[str]:
     """Trains what is not in the results folder yet, one after the other, on all devices.
+
+    Returns:
+      What failed for a reason that the user can mend, a line a run.
 
     Raises:
       Interrupted: `stop_asked` gave True; finished runs and the one under way are saved.
     """
     results = read_results(folder, sweep)
     earlier: list[Experiment] = []
+    failed = []
     for experiment in experiments(sweep):
         if (experiment.row, experiment.split, experiment.seed) not in results:
             logger.info("%s", title(experiment))
-            run_one(experiment, workdir, folder, earlier, stop_asked)
-            write_table(sweep, folder)
+            try:
+                run_one(experiment, workdir, folder, earlier, stop_asked)
+            except UserError as error:
+                logger.error("%s: failed: %s", experiment.path, error)
+                failed.append(f"{experiment.path}: {error}")
+            else:
+                write_table(sweep, folder)
         earlier.append(experiment)
+    return failed
 
 
 def run_side_by_side(
@@ -489,8 +499,7 @@ def _train_missing(
     platform, num_devices = side_by_side.devices_here()
     if num_devices == 1:
         setup.set_up_process(sweep.config)
-        run_missing(sweep, workdir, folder, stop_asked)
-        return []
+        return run_missing(sweep, workdir, folder, stop_asked)
     logging.basicConfig(format="%(message)s")
     logger.setLevel(logging.INFO)
     return run_side_by_side(

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from lclseg import model_files, quality_gate, report, steps
+from lclseg import model_files, passes, quality_gate, report, steps
 from lclseg.data import own_data
 from lclseg.label_stream import refinement
 from lclseg.pseudo_labels import PseudoLabels, load_pseudo_labels, make_pseudo_labels
@@ -23,7 +23,7 @@ from lclseg.run.programs import Stage, stages
 from lclseg.run.setup import Run, initial_state, start_run
 from lclseg.run.start_from import take_over_baseline
 from lclseg.run.workdir import chosen_stage, new_results, read_json, write_json, write_text
-from lclseg.stage import Best, fit, slices_of
+from lclseg.stage import Best, fit, mark_of, slices_of
 
 SECONDS = "seconds.json"  # of making pseudo-labels, beside them
 logger = logging.getLogger("lclseg")
@@ -57,6 +57,7 @@ def finish_stage(run: Run, results: dict, best: Best, pseudo_labels: PseudoLabel
     same = int(best.state.step) == int(best.last.step)
     last = chosen if same else test(best.last, "predictions_last")
     seconds = {**best.seconds, "test": time.monotonic() - started}
+    seconds.pop("device", None)  # a part of "train"; see `cost`
     if pseudo_labels is not None:
         made = read_json(pseudo_labels.folder / SECONDS) or {}
         spent = seconds.get("pseudo_labels", 0.0) + made.get("seconds", 0.0)
@@ -69,19 +70,32 @@ def finish_stage(run: Run, results: dict, best: Best, pseudo_labels: PseudoLabel
         "validation": best.history,
         "pseudo_labels": pseudo_labels.report if pseudo_labels else None,
         "seconds": {k: round(v, 1) for k, v in seconds.items()},
-        **cost(run, best.stage, pseudo_labels, seconds.get("train", 0.0)),
+        **cost(run, best, pseudo_labels),
     }
     write_json(run.workdir / "results.json", results)
     if multihost.is_first():
         report.write_own_page(run.workdir, None)
 
 
-def cost(run: Run, stage: Stage, pseudo_labels: PseudoLabels | None, train_seconds: float) -> dict:
-    """Slices drawn for the network and steps a second of a stage, and the devices' peak memory."""
+def cost(run: Run, best: Best, pseudo_labels: PseudoLabels | None) -> dict:
+    """What the training of a stage took.
+
+    Slices that went through the network in its steps, steps a second, the share of that time in
+    which the devices had work, and the most memory that a device held.
+    """
+    stage, how = best.stage, run.prepared.preprocessing
     groups = slices_of(run, stage.kind, pseudo_labels).sampler(stage.first_step)
+    channels = (how.num_channels,) if how.num_channels > 1 else ()
+    slices = passes.slices_in_step(
+        run.model,
+        run.programs[stage.kind].method,
+        best.state,
+        {group: len(records) for group, records in groups.items()},
+        (how.image_size, how.image_size, *channels),
+    )
     return {
-        "slices": sum(map(len, groups.values())) * stage.num_steps,
-        "steps_per_second": round(stage.num_steps / train_seconds, 3) if train_seconds else None,
+        "slices": slices * stage.num_steps,
+        **mark_of(stage.num_steps, best.seconds).since(mark_of(0, {})),
         "peak_memory_bytes": devices.peak_memory_bytes(),
     }
 
@@ -118,8 +132,10 @@ def pseudo_label_pool(
             )
             for entry in [run.prepared.volumes[volume_id]]
         }
+    # Probabilities come to the host, not labels: reports and NIfTI files are in each volume's own
+    # geometry, to which probabilities are resampled.
     made = make_pseudo_labels(
-        predictor(run, replicated, refine=refinement(run.config)),
+        predictor(run, replicated, finish=refinement(run.config)),
         run.prepared,
         run.split.unlabeled,
         folder,

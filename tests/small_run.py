@@ -69,20 +69,29 @@ class Program:
         assert process.returncode == 0, output
 
 
+TIMES = ("seconds", "steps_per_second", "device_busy")
+
+
 def without_times(workdir):
     """results.json, times aside."""
     results = json.loads((workdir / "results.json").read_text())
     for stage in results["results"].values():
-        del stage["seconds"], stage["steps_per_second"]
+        for name in TIMES:
+            del stage[name]
     return results
+
+
+def logged(workdir):
+    """The lines of metrics.jsonl, times aside."""
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in lines]
 
 
 def end_of(workdir):
     """What a run leaves, times aside, as text."""
     results = json.dumps(without_times(workdir), sort_keys=True)
-    logs = (workdir / "metrics.jsonl").read_text()
     reports = [p.read_text() for p in sorted((workdir / "pseudo_labels").glob("*/report.json"))]
-    return [results, logs, *reports]
+    return [results, json.dumps(logged(workdir)), *reports]
 
 
 def newest_state(workdir, stage):

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import accelerator
+
 ROOT = Path(__file__).parents[1]
 MODULES = sorted(p.stem for p in (ROOT / "benchmarks").glob("*.py") if p.stem != "__init__")
 
@@ -40,8 +42,32 @@ def test_the_accelerator_benchmark_runs_and_agrees_with_the_golden_values(tmp_pa
     assert len(printed.splitlines()) == len(lines)
     assert not [line for line in lines if "error" in line or "left out" in line]
     assert {line["part"] for line in lines} == {
-        *("device", "golden loss", "step", "scan", "seeds", "CRF", "prediction")
+        *("device", "golden loss", "step", "PyTorch", "scan", "seeds", "CRF", "prediction"),
+        "phantom",
     }
     for line in lines:
         if line["part"] == "golden loss":
             assert line["loss, relative"] < 1e-5 and line["gradient, of the largest"] < 1e-5
+    (end,) = [line["run"] for line in lines if "run" in line]
+    assert end == "done"
+    assert [line["stage"] for line in lines if "stage" in line] == ["baseline", "round_1"]
+
+
+def test_a_measurement_that_no_longer_fits_is_not_begun(monkeypatch):
+    """Nor are repeats, once the minutes are over; each call takes 10 s here."""
+    now = [0.0]
+    monkeypatch.setattr(accelerator.time, "monotonic", lambda: now[0])
+    calls = []
+
+    def call():
+        calls.append(1)
+        now[0] += 10
+
+    clock = accelerator.Clock(minutes=1)
+    clock.seconds_of(call, 2)
+    assert len(calls) == 3 and clock.longest == 30 == clock.left()
+    clock.seconds_of(call, 9)  # ends with the minutes
+    assert len(calls) == 6
+    with pytest.raises(accelerator.OutOfTimeError, match="0 s are left, the longest .* took 30 s"):
+        clock.seconds_of(call, 1)
+    assert len(calls) == 6

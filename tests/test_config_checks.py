@@ -140,7 +140,7 @@ def test_all_problems_come_in_one_message():
     first, *lines = str(caught.value).splitlines()
     assert first == "the config cannot be run:"
     keys = ("augment.scale_range", "optimizer.schedule", "data.image_size", "no split 'c9'")
-    for part in (*keys, "data.labeled_batch_size is 12; wanted a multiple of the 5 devices"):
+    for part in (*keys, "data.labeled_batch_size is 8; wanted a multiple of the 5 devices"):
         assert sum(part in line for line in lines) == 1, part
 
 
@@ -180,7 +180,7 @@ def test_class_weights_are_held_against_the_classes_before_anything_is_prepared(
 def test_class_weights_that_no_loss_reads():
     config = config_of()
     config.loss.class_weights = (1.0,) * 4
-    with pytest.raises(ConfigError, match="dice_with_background has no weights"):
+    with pytest.raises(ConfigError, match="batch_dice_and_cross_entropy has no weights"):
         check_config(config, num_devices=1)
 
 

@@ -18,7 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from small_run import logged
 
+from benchmarks import floor
 from lclseg import evaluation, model_files, predict, steps, train
 from lclseg.data.batches import Pool, sampler
 from lclseg.losses import IGNORE
@@ -199,6 +201,29 @@ def test_every_method_has_a_module_and_a_config():
         assert importlib.import_module(f"lclseg.methods.{name}").__doc__
 
 
+# What sums up or amplifies rounding: never in bfloat16.
+SENSITIVE = ("reduce_sum", "exp", "log", "log1p", "rsqrt", "sqrt", "cumsum", "pow")
+
+
+@pytest.mark.parametrize(("name", "kind"), KINDS)
+def test_bfloat16_is_of_the_network_alone(name, kind):
+    """Losses, BatchNorm's statistics, gradients' sums and what is kept: float32."""
+    made, store = kind_of(name, kind), make_store(name)
+    step = made.step(ADAM, dtype="bfloat16")
+    arguments = made.state(ADAM), store, made.rows(store), KEY
+    program, (state, metrics) = jax.make_jaxpr(step, return_shape=True)(*arguments)
+    kept = {leaf.dtype for leaf in jax.tree.leaves((state, metrics))}
+    assert {d for d in kept if jnp.issubdtype(d, jnp.floating)} == {jnp.dtype("float32")}
+    dtypes = collections.defaultdict(set)
+    for equation in floor.equations(program.jaxpr):
+        found = (v.aval.dtype for v in (*equation.invars, *equation.outvars))
+        dtypes[equation.primitive.name] |= {d for d in found if jnp.issubdtype(d, jnp.floating)}
+    half = jnp.dtype("bfloat16")
+    assert half in dtypes["conv_general_dilated"]
+    assert dtypes["reduce_sum"] == {jnp.dtype("float32")}  # so that names are those of JAX
+    assert [p for p in SENSITIVE if half in dtypes[p]] == []
+
+
 @pytest.mark.parametrize(("name", "kind"), KINDS)
 def test_four_devices_train_like_one(name, kind):
     """In float64, where rounding cannot hide a wrong sum, nor stand for one."""
@@ -325,10 +350,10 @@ def _compiled_once():
     """All runs of a method share their programs: they differ in nothing that is compiled."""
     compile_programs, compiled_predict = setup.compile_programs, devices.compiled_predict
 
-    def shared_programs(config, model, terms, views, method, num_steps):
-        name = (config.method.name, terms is method.terms)
+    def shared_programs(config, model, method, num_steps):
+        name = (config.method.name, method.sampler is None)
         if name not in PROGRAMS:
-            PROGRAMS[name] = compile_programs(config, model, terms, views, method, num_steps)
+            PROGRAMS[name] = compile_programs(config, model, method, num_steps)
         return PROGRAMS[name]
 
     shared_predict = functools.cache(lambda filters: compiled_predict(UNet(4, filters)))
@@ -379,7 +404,7 @@ def end_of(workdir):
             )
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree["state"]):
             found[folder.name + jax.tree_util.keystr(path)] = np.asarray(leaf)
-    return found, (workdir / "metrics.jsonl").read_text()
+    return found, logged(workdir)
 
 
 def assert_same_end(ours, theirs):
@@ -540,10 +565,7 @@ def test_refreshed_labels_are_learnt_from(refreshed, data_dir, tmp_path):
     (ours, our_log), (theirs, their_log) = end_of(tmp_path / "run"), end_of(refreshed)
     assert any(np.any(leaf != theirs[name]) for name, leaf in ours.items() if "params" in name)
     # Up to the refresh the two are one: lines of the round's steps 1 and 2.
-    lines = [
-        [line for line in map(json.loads, log.splitlines()) if line["stage"] == "round_1"]
-        for log in (our_log, their_log)
-    ]
+    lines = [[x for x in log if x["stage"] == "round_1"] for log in (our_log, their_log)]
     same = [a == b for a, b in zip(*lines, strict=True)]
     assert same[:2] == [True, True] and not any(same[2:])
 

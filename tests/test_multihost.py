@@ -3,7 +3,6 @@
 Slow (minutes): ./run.sh test tests/test_processes.py --slow
 """
 
-import json
 import os
 import signal
 import socket
@@ -13,7 +12,7 @@ import time
 
 import numpy as np
 import pytest
-from small_run import ROOT, SHORT, STAGES, Program, end_of, newest_state
+from small_run import ROOT, SHORT, STAGES, Program, end_of, logged, newest_state
 
 from lclseg.errors import ConfigError
 from lclseg.run import multihost
@@ -148,10 +147,6 @@ def together(program, tmp_path_factory):
     return workdirs
 
 
-def log_of(workdir):
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-
-
 @pytest.mark.slow
 def test_two_processes_train_as_one(program, together, tmp_path):
     """2 processes x 2 devices against 1 x 4: 14 steps in three stages, weights within 1e-5.
@@ -164,7 +159,7 @@ def test_two_processes_train_as_one(program, together, tmp_path):
     program.finish(tmp_path / "run", *options)
     first, second = together
     assert not second.exists()  # only the first process writes
-    ours, theirs = log_of(first), log_of(tmp_path / "run")
+    ours, theirs = logged(first), logged(tmp_path / "run")
     assert [(x["stage"], x["step"]) for x in ours] == [(x["stage"], x["step"]) for x in theirs]
     for own, other in zip(ours, theirs, strict=True):
         for name in own.keys() - {"stage", "step"}:

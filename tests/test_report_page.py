@@ -624,7 +624,7 @@ def test_a_page_that_fails_is_told_and_raises_nothing(tmp_path, results, monkeyp
     [
         {},
         {"seed": 3, "method.temperature": 0.25, "rounds.fresh_heads": True},
-        {"method.pixels_per_class": 0, "method.matching": "batch"},
+        {"method.pixels_per_class": 3, "method.matching": "batch"},
         {"data.manual_dir": "/a folder/it's", "data.test": ("p'1", "p 2"), "data.labeled": ("p3",)},
         {
             "model.filters": (4, 8),

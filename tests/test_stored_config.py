@@ -71,7 +71,7 @@ def test_an_absent_key_stands_for_its_default(key, other):
 
 def test_a_whole_group_may_be_absent():
     old = to_store(phantom())
-    del old["pseudo_labels"]
+    del old["predictions"]
     assert differing_keys(as_now(old), to_store(phantom())) == []
 
 
@@ -133,7 +133,7 @@ def test_what_a_baseline_depends_on(by_method):
 def test_a_workdir_of_an_older_version_goes_on(tmp_path):
     """config.json as it was: tables whole, and a key less."""
     content = json.loads(phantom().to_json_best_effort())
-    del content["pseudo_labels"]["largest_component"]
+    del content["predictions"]["largest_component"]
     assert "splits" in content["data"]
     (tmp_path / "config.json").write_text(json.dumps(content))
     claim_workdir(phantom(), tmp_path).close()

@@ -1,14 +1,25 @@
 """Sweeps: which runs they hold, what is run again, and the table, worked by hand."""
 
+import functools
 import json
+import os
 import runpy
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+from small_run import Program, end_of, newest_state
 
 from lclseg import sweep as sweeps
 from lclseg import train
+from lclseg.cores import usable_cores
+from lclseg.errors import NonFiniteLossError
+from lclseg.run import side_by_side
 
 ROOT = Path(__file__).parents[1]
 SWEEP = """
@@ -164,6 +175,149 @@ def test_a_sweep_shares_baselines_and_skips_what_is_finished(sweep, trained, tmp
     assert ("every_pixel/c2_seed7", "inter_3_anchors") in trained
     assert ("every_pixel/c3_seed1", "inter_3_anchors") in trained
     assert len(trained) == 1 + 2 + 5
+
+
+def test_one_after_the_other_a_run_that_fails_does_not_end_the_others(
+    sweep, trained, tmp_path, monkeypatch
+):
+    train_and_evaluate = train.train_and_evaluate
+
+    def failing(config, workdir, stop_asked):
+        if workdir.name == "c1_seed0" and workdir.parent.name == "every_pixel":
+            raise NonFiniteLossError("step 3")
+        return train_and_evaluate(config, workdir, stop_asked)
+
+    monkeypatch.setattr(train, "train_and_evaluate", failing)
+    workdir, folder = tmp_path / "runs", tmp_path / "results"
+    assert sweeps.run_missing(sweep, workdir, folder) == ["every_pixel/c1_seed0: step 3"]
+    assert len(trained) == 7
+    monkeypatch.setattr(train, "train_and_evaluate", train_and_evaluate)
+    assert sweeps.run_missing(sweep, workdir, folder) == []
+    assert trained[7:] == [("every_pixel/c1_seed0", "inter_3_anchors")]
+
+
+WORKER = """
+import pathlib, shutil, sys
+result, target, failing = map(pathlib.Path, sys.argv[1:])
+if failing.exists():
+    sys.exit(4)
+target.parent.mkdir(parents=True, exist_ok=True)
+shutil.copy(result, target)
+"""
+
+
+def test_side_by_side_a_run_that_fails_does_not_end_the_others(sweep, tmp_path, monkeypatch):
+    """What is finished is not begun again; processes here write a result that is ready."""
+    workdir, folder = tmp_path / "runs", tmp_path / "results"
+    failing, begun = tmp_path / "failing", []
+    failing.touch()
+    for experiment in sweeps.experiments(sweep):
+        ready = tmp_path / "ready" / experiment.path.with_suffix(".json")
+        ready.parent.mkdir(parents=True, exist_ok=True)
+        config = sweeps.of_result(sweeps.to_store(experiment.config))
+        ready.write_text(json.dumps({"config": config, **fake_result(0.5, 0.6)}))
+
+    def job(name, log, *flags, after=()):
+        begun.append(name)
+        command = [sys.executable, "-c", ""]
+        if name != sweeps.PREPARE:
+            file = f"{name}.json"
+            fails = failing if name == "every_pixel/c1_seed0" else tmp_path / "nothing"
+            paths = (tmp_path / "ready" / file, folder / file, fails)
+            command = [sys.executable, "-c", WORKER, *map(str, paths)]
+        return side_by_side.Job(name, command, log, after)
+
+    monkeypatch.setattr(sweeps, "_job", job)
+    run = functools.partial(
+        sweeps.run_side_by_side, sweep, workdir, folder, platform="gpu", num_devices=2
+    )
+    (line,) = run()
+    assert line == f"every_pixel/c1_seed0: see {workdir / 'every_pixel/c1_seed0.log'}"
+    assert len(begun) == 9 and len(sweeps.read_results(folder, sweep)) == 7
+    assert "| every pixel | 1 |" in (folder / "README.md").read_text()
+    failing.unlink()
+    begun.clear()
+    assert run() == []
+    assert begun == [sweeps.PREPARE, "every_pixel/c1_seed0"]
+    assert "| every pixel | 2 |" in (folder / "README.md").read_text()
+    begun.clear()
+    assert run() == [] and begun == [sweeps.PREPARE]  # which is not run
+
+
+REAL = """
+CONFIG = {config!r}
+PAIRS = (("c1", 0),)
+BASE = {{
+    "rounds.baseline_steps": 6,
+    "rounds.num_rounds": 1,
+    "rounds.steps_per_round": 4,
+    "rounds.eval_every": 2,
+    "log.every": 2,
+    "num_cpu_devices": 0,
+}}
+ROWS = {{
+    "plain": {{}},
+    "slower": {{"optimizer.learning_rate": 1e-4}},
+    "broken": {{"optimizer.learning_rate": 1e30}},
+}}
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(usable_cores() < 2, reason="one core is one device")
+def test_a_sweep_on_two_devices_gives_what_each_run_gives_alone(tmp_path):
+    """To the bit, though it was stopped on the way; and one of its runs fails."""
+    program = Program(tmp_path)
+    cores = sorted(os.sched_getaffinity(0))[:2]
+    (tmp_path / "sweep.py").write_text(REAL.format(config=str(program.config)))
+    options = {"sweep": "sweep.py", "workdir": "runs", "results": "results"}
+    command = [sys.executable, "-m", "lclseg.sweep"]
+    command += [f"--{name}={tmp_path / value}" for name, value in options.items()]
+
+    def start(command, cores):
+        return subprocess.Popen(
+            command,
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            preexec_fn=lambda: os.sched_setaffinity(0, cores),
+        )
+
+    log = tmp_path / "runs" / "plain" / "c1_seed0" / "metrics.jsonl"
+    process = start(command, cores)
+    while not log.exists() and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0 and "goes on from there" in output, output
+    assert not (tmp_path / "results" / "plain").exists()
+    process = start(command, cores)
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode == 1 and "1 runs failed:\n  broken/c1_seed0: see" in output, output
+    assert "2 at a time, one cpu each" in output
+    for row in ("plain", "slower"):
+        alone, own = tmp_path / "alone" / row, tmp_path / "runs" / row / "c1_seed0"
+        values = {
+            "data.split": "c1",
+            "seed": 0,
+            **runpy.run_path(str(tmp_path / "sweep.py"))["BASE"],
+        }
+        values |= runpy.run_path(str(tmp_path / "sweep.py"))["ROWS"][row]
+        flags = [f"--config.{key}={value}" for key, value in values.items()]
+        process = start(program.command(alone, *flags), cores[:1])
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, output
+        assert end_of(own) == end_of(alone)
+        for ours, theirs in zip(
+            newest_state(own, "round_1"), newest_state(alone, "round_1"), strict=True
+        ):
+            np.testing.assert_array_equal(ours, theirs)
+        stored = json.loads((tmp_path / "results" / row / "c1_seed0.json").read_text())
+        assert (
+            stored["results"]["round_1"]["test"]
+            == json.loads((alone / "results.json").read_text())["results"]["round_1"]["test"]
+        )
 
 
 def test_a_result_holds_no_path_of_the_machine(sweep, trained, tmp_path):

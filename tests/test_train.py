@@ -1,5 +1,6 @@
 """The whole run, tiny: two rounds on a few phantom volumes, stopped, resumed, refused."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -13,19 +14,25 @@ import nibabel as nib
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
+from small_run import TIMES, logged
 from tensorboardX.proto import event_pb2
 
 from lclseg import report, train
+from lclseg.data.batches import records_of
 from lclseg.errors import ConfigError, NonFiniteLossError
-from lclseg.pseudo_labels import PseudoLabelError
+from lclseg.evaluation import VolumePrediction
+from lclseg.label_stream import predict_labels, refinement, refresher
+from lclseg.losses import IGNORE
+from lclseg.pseudo_labels import PseudoLabelError, label_of, load_pseudo_labels
 from lclseg.run import checkpoint, devices, setup
 from lclseg.run.predictions import evaluate_state, predictor
+from lclseg.run.programs import stages
 from lclseg.run.setup import initial_state, start_run
 from lclseg.run.stage_files import StageFiles
 from lclseg.run.start_from import take_over_baseline
 from lclseg.run.stopping import Interrupted
 from lclseg.run.workdir import read_json
-from lclseg.stage import slices_of
+from lclseg.stage import Mark, run_steps, slices_of
 
 ROOT = Path(__file__).parents[1]
 
@@ -71,7 +78,7 @@ def final_params(workdir, stage):
 
 def without_times(results):
     stages = {
-        name: {k: v for k, v in stage.items() if k not in ("seconds", "steps_per_second")}
+        name: {k: v for k, v in stage.items() if k not in TIMES}
         for name, stage in results["results"].items()
     }
     return {**results, "results": stages}
@@ -134,6 +141,92 @@ def test_chosen_and_last_weights_are_tested(finished, data_dir):
             assert result["test"] == result["test_last"]
     dice = [h["mean_dice"] for h in results["results"]["baseline"]["validation"]]
     assert len(set(dice)) > 1  # or the best would not tell from the last
+
+
+def test_speed_and_what_a_stage_took(finished):
+    """In every log line, and for each stage, beside the slices that went through the network."""
+    workdir, results = finished
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if "loss" in line]
+    for taken in (*lines, *results["results"].values()):
+        assert taken["steps_per_second"] > 0 and 0 < taken["device_busy"] < 1
+    (path,) = (workdir / "tensorboard" / "round_1").iterdir()
+    tags = {value.tag for event in events(path) for value in event.summary.value}
+    assert {"steps_per_second", "device_busy", "loss"} <= tags
+    # 4 labelled slices; in rounds two views of each of 4 pairs, too.
+    slices = {name: stage["slices"] for name, stage in results["results"].items()}
+    assert slices == {"baseline": 6 * 4, "round_1": 4 * (4 + 8), "round_2": 4 * (4 + 8)}
+
+
+def test_a_mark_tells_the_speed_since_another_one():
+    """30 steps in 6 s; the devices had work for 4.5 s of them."""
+    speed = Mark(50, 10.0, 5.5).since(Mark(20, 4.0, 1.0))
+    assert speed == {"steps_per_second": 5.0, "device_busy": 0.75}
+
+
+def test_one_dispatch_and_one_wait_a_log_line(finished, data_dir, tmp_path, monkeypatch):
+    """As on GPUs and TPUs, where they take all steps of a line; the run is the one step by step."""
+    _, expected = finished
+    calls, over_devices, get = [], devices.over_devices, jax.device_get
+
+    def counted(step, **options):
+        program = over_devices(step, **options)
+        if not options["donate_state"]:
+            return program
+
+        def dispatch(*arguments):
+            calls.append("dispatch")
+            return program(*arguments)
+
+        return dispatch
+
+    def waited(x):
+        calls.append("wait")
+        return get(x)
+
+    monkeypatch.setattr(devices, "steps_per_dispatch", lambda log_every: log_every)
+    monkeypatch.setattr(devices, "over_devices", counted)
+    monkeypatch.setattr(jax, "device_get", waited)
+    config = tiny_config(data_dir)
+    config.rounds.update(num_rounds=0, eval_every=10)
+    config.log.every = 4
+    results = train.train_and_evaluate(config, tmp_path / "run")
+    lines = [line for line in logged(tmp_path / "run") if "loss" in line]
+    assert [line["step"] for line in lines] == [4, 6]
+    assert calls == ["dispatch", "wait"] * len(lines)
+    by_one = [x for x in logged(finished[0]) if x["stage"] == "baseline" and "loss" in x]
+    assert [x["loss"] for x in lines] == pytest.approx(
+        [x["loss"] for x in by_one if x["step"] in (4, 6)], rel=1e-4
+    )
+    ours, theirs = (r["results"]["baseline"]["validation"][-1] for r in (results, expected))
+    assert ours["mean_dice"] == pytest.approx(theirs["mean_dice"], abs=0.01)
+
+
+class _Unread:
+    """What is on the device: any look at it but `jax.device_get` raises TypeError."""
+
+
+def test_steps_look_at_nothing_on_the_device_before_they_are_done(monkeypatch):
+    """Of the line's only dispatch; the state is handed on as it comes."""
+    after, metrics, waits = _Unread(), {"loss": _Unread(), "first_not_finite": _Unread()}, []
+
+    def get(x):
+        waits.append(x)
+        return {"loss": np.array([0.5]), "first_not_finite": np.array([3])}
+
+    monkeypatch.setattr(devices, "steps_per_dispatch", lambda log_every: 4)
+    monkeypatch.setattr(jax, "device_get", get)
+    config = ConfigDict({"log": {"every": 4}})
+    slices = mock.Mock(store="store", rows=lambda todo: {"labeled": np.zeros((1, len(todo), 2))})
+    programs = mock.Mock()
+    programs.train.return_value = after, metrics
+    trained = run_steps(mock.Mock(config=config), programs, "state", slices, range(7, 10), "key")
+    assert waits == [metrics] and programs.train.call_count == 1
+    state, store, rows, number, key = programs.train.call_args.args
+    assert (state, store, number, key) == ("state", "store", 3, "key")
+    assert rows["labeled"].shape == (1, 4, 2)  # one program, whatever the number
+    assert trained.state is after and trained.metrics == [{"loss": 0.5}]
+    assert (trained.first, trained.num_steps) == (9, 3)
 
 
 def test_files_of_a_run(finished, data_dir):
@@ -206,8 +299,9 @@ def assert_same_end(workdir, undisturbed):
             final_params(workdir, name), final_params(undisturbed, name), strict=True
         ):
             np.testing.assert_array_equal(ours, theirs)
-    for name in ("metrics.jsonl", "pseudo_labels/round_2/report.json"):
-        assert (workdir / name).read_text() == (undisturbed / name).read_text()
+    assert logged(workdir) == logged(undisturbed)
+    report = "pseudo_labels/round_2/report.json"
+    assert (workdir / report).read_text() == (undisturbed / report).read_text()
 
 
 @pytest.mark.parametrize("stage, number", [("baseline", 3), ("round_2", 3)])
@@ -483,9 +577,74 @@ def test_predictions_pass_through_the_refinement(finished, data_dir, tmp_path):
 
     def swap_classes(slices, probs):
         seen.append(slices.shape)
-        np.testing.assert_array_equal(slices[:5], images)
+        np.testing.assert_array_equal(slices.reshape(16, 32, 32)[:5], images)
         return probs[..., ::-1]
 
-    both = predictor(run, state, refine=swap_classes)(images)
-    np.testing.assert_array_equal(both, np.stack([plain, plain[..., ::-1]], axis=1))
-    assert seen == [(16, 32, 32)]
+    np.testing.assert_array_equal(
+        predictor(run, state, finish=swap_classes)(images), plain[..., ::-1]
+    )
+    assert seen == [(4, 4, 32, 32)]
+
+
+@pytest.mark.parametrize("crf_steps", [0, 2])
+def test_refreshed_labels_are_those_of_the_probabilities(finished, data_dir, crf_steps):
+    """Where no CRF refines them, a byte a pixel comes from the devices; the same to the bit."""
+    workdir, _ = finished
+    run = start_run(tiny_config(data_dir), workdir)
+    state = devices.replicate(initial_state(run, "first"))
+    stored = load_pseudo_labels(workdir / "pseudo_labels" / "round_1", run.prepared)
+    config = run.config.copy_and_resolve_references()
+    config.crf.num_steps = crf_steps
+    config.pseudo_labels.update(largest_component="yes", min_confidence=0.3)
+    run = dataclasses.replace(run, config=config)
+    images = run.prepared.read_slices(stored.records)[0]
+    probs = predictor(run, state, finish=refinement(config))(images)
+    expected, row = [], 0
+    for volume_id in sorted(stored.report["volume_ids"]):
+        end = row + len(run.prepared.volumes[volume_id].slices)
+        expected.append(label_of(probs[row:end], min_confidence=0.3, keep_largest=(1, 2, 3)))
+        row = end
+    expected = np.concatenate(expected)
+    assert 0 < np.mean(expected == IGNORE) < 1
+    with mock.patch("lclseg.evaluation.VolumePrediction", wraps=VolumePrediction) as made:
+        found = predict_labels(run, state, stored.report["volume_ids"])
+    np.testing.assert_array_equal(found, expected)
+    bytes_a_pixel = {
+        np.asarray(call.args[2]).nbytes // call.args[1].size for call in made.mock_calls
+    }
+    assert bytes_a_pixel == ({2 * 4 * 4} if crf_steps else {1})
+
+
+def test_a_part_of_the_pool_is_labelled_anew(finished, data_dir, tmp_path):
+    """One volume, drawn; it alone is learnt from. A resumed stage goes on with the same labels."""
+    workdir, _ = finished
+    run = start_run(tiny_config(data_dir), workdir)
+    stored = load_pseudo_labels(workdir / "pseudo_labels" / "round_1", run.prepared)
+    state = devices.replicate(initial_state(run, "first"))
+    config = run.config.copy_and_resolve_references()
+    config.rounds.refresh_slices = 1
+    run = dataclasses.replace(run, config=config, workdir=tmp_path)
+    stage = stages(config, run.method)[1]
+    labels, refresh = refresher(run, stage, stored, done=0)
+    assert labels is stored
+    drawn = set()
+    for number in range(1, 9):
+        labels = refresh(state, number, 0)
+        (volume_id,) = (
+            v
+            for v in stored.report["volume_ids"]
+            if list(stored.records[labels.drawn]) == list(run.prepared.volumes[v].slices)
+        )
+        drawn.add(volume_id)
+        found = predict_labels(run, state, [volume_id])
+        np.testing.assert_array_equal(labels.labels[labels.drawn], found)
+        assert np.all(np.delete(labels.labels, labels.drawn, axis=0) == IGNORE)
+        learnt = slices_of(run, "joint", labels).sampler(stage.first_step)["pairs"]
+        assert set(learnt) <= {
+            *stored.records[labels.drawn],
+            *records_of(run.prepared, run.split.labeled),
+        }
+    assert len(drawn) > 1
+    again, _ = refresher(run, stage, stored, done=8)
+    np.testing.assert_array_equal(again.labels, labels.labels)
+    np.testing.assert_array_equal(again.drawn, labels.drawn)

@@ -39,7 +39,7 @@ def shorten(config: ConfigDict, size: int, first: int = 400, joint: int = 600) -
     config.optimizer.ema_decay = 0.98
     rounds = config.rounds
     rounds.baseline_steps, rounds.num_rounds, rounds.steps_per_round = first, 1, joint
-    rounds.refresh_every = 100
+    rounds.refresh_every, rounds.refresh_slices = 100, 1000
     rounds.eval_every = 100
     # Running statistics lag: the baseline of ACDC, c1, validates at 0.2 for 200 steps with them.
     # And averaged weights need statistics of their own.

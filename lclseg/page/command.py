@@ -4,7 +4,7 @@ import runpy
 import shlex
 from typing import Any
 
-from lclseg.run.stored_config import CONFIGS, FIRST_METHOD, as_now, differing_keys, to_store
+from lclseg.run.stored_config import CONFIGS, as_now, differing_keys, to_store
 
 # The last is what the others leave of the pool.
 LISTS = ("data.labeled", "data.validation", "data.test", "data.unlabeled")
@@ -34,7 +34,6 @@ def reproducing_command(config: dict) -> str | None:
             keys.append(key)
             file.update_from_flattened_dict({key: tuple(_value(config, key))})
     defaults = to_store(file)
-    argument = "" if method == FIRST_METHOD else f":{method}"
     overrides = []
     for key in keys:
         value = _value(config, key)
@@ -46,7 +45,7 @@ def reproducing_command(config: dict) -> str | None:
         text = str(tuple(value) if isinstance(value, list) else value)
         overrides.append(f"--config.{key}={_quoted(text)}")
     return " \\\n  ".join(
-        [f"python -m lclseg.main --config=configs/{path.name}{argument}", *overrides]
+        [f"python -m lclseg.main --config=configs/{path.name}:{method}", *overrides]
     )
 
 

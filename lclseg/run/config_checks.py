@@ -107,6 +107,7 @@ RULES: dict[str, Rule] = {
     "rounds.baseline_from": TEXT,
     "rounds.start_from": TEXT,
     "rounds.refresh_every": whole(0),
+    "rounds.refresh_slices": whole(0),
     "rounds.eval_every": whole(1),
     "rounds.batch_norm_batches": whole(0),
     "rounds.fresh_heads": YES_NO,

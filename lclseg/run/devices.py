@@ -114,10 +114,14 @@ def peak_memory_bytes() -> int | None:
     return stats.get("peak_bytes_in_use")
 
 
+def on_each(function: Callable) -> Callable:
+    """A function of arrays, compiled; all arguments have a leading axis of local devices."""
+    return jax.pmap(function, devices=jax.local_devices())
+
+
 def compiled_predict(model: UNet) -> Callable:
     """(replicated state, images [N, M, H, W]) -> probabilities [N, M, H, W, C]."""
-    devices = jax.local_devices()
-    return jax.pmap(functools.partial(steps.predict_step, model=model), devices=devices)
+    return on_each(functools.partial(steps.predict_step, model=model))
 
 
 def batched_predictor(
@@ -125,40 +129,36 @@ def batched_predictor(
     replicated: steps.TrainState,
     *,
     batch_size: int,
-    refine: Callable | None = None,
+    finish: Callable | None = None,
     stop_asked: Callable[[], bool] = lambda: False,
 ) -> Predict:
     """Maps any number of slices [M, H, W] or [M, H, W, K] to probabilities [M, H, W, C].
 
-    With `refine` to [M, 2, H, W, C].
-
-    One compiled shape, of this process' devices; a part of it that M does not fill is padding.
+    Or to what `finish` makes of them. One compiled shape, of this process' devices; a part of it
+    that M does not fill is padding.
 
     Args:
       compiled: see `compiled_predict`.
       replicated: state whose averaged weights and statistics predict, a copy per device.
       batch_size: slices at once, over these devices; rounded up to a multiple of their number.
-      refine: maps (slices [M, H, W], of the first channel, probabilities) to better ones; where
-        it is given, what is returned are the network's probabilities and the refined ones, see
-        `pseudo_labels.PredictRefined`.
+      finish: maps (slices [N, M, H, W], of the first channel, probabilities [N, M, H, W, C]) to
+        what comes to the host instead, [N, M, ...]; see `on_each`.
       stop_asked: where it gives True, `Interrupted` is raised.
     """
     num_devices = jax.local_device_count()
     per_device = -(-batch_size // num_devices)
     capacity = per_device * num_devices
 
-    def forward(images: np.ndarray) -> np.ndarray:
-        shape = images.shape[1:]
-        probs = compiled(replicated, images.reshape(num_devices, per_device, *shape))
-        return np.asarray(probs).reshape(*images.shape[:3], -1)
+    def shared(images: np.ndarray) -> np.ndarray:
+        return images.reshape(num_devices, per_device, *images.shape[1:])
 
     def predict_chunk(images: np.ndarray) -> np.ndarray:
         padding = np.zeros((capacity - len(images), *images.shape[1:]), images.dtype)
         full = np.concatenate([images, padding])
-        probs = forward(full)
-        if refine is not None:
-            probs = np.stack([probs, refine(first_channel(full), probs)], axis=1)
-        return probs[: len(images)]
+        found = compiled(replicated, shared(full))
+        if finish is not None:
+            found = finish(shared(first_channel(full)), found)
+        return np.asarray(found).reshape(capacity, *found.shape[2:])[: len(images)]
 
     def predict(images: np.ndarray) -> np.ndarray:
         if stop_asked():

@@ -13,7 +13,7 @@ def predictor(
     run: Run,
     replicated: steps.TrainState,
     *,
-    refine: Callable | None = None,
+    finish: Callable | None = None,
     stoppable: bool = True,
 ) -> evaluation.Predict:
     """A state's `batched_predictor`; of several processes, each predicts its part of the slices.
@@ -26,7 +26,7 @@ def predictor(
         run.predict,
         replicated,
         batch_size=-(-run.config.data.eval_batch_size // jax.process_count()),
-        refine=refine,
+        finish=finish,
         stop_asked=run.stop_asked if stoppable else lambda: False,
     )
     return multihost.predict_together(predict)
@@ -35,7 +35,10 @@ def predictor(
 def evaluate_state(
     run: Run, replicated: steps.TrainState, volume_ids, *, stoppable: bool, **kwargs
 ) -> dict:
-    """Metrics of a state, a copy per device, on volumes; see `evaluation.evaluate`."""
+    """Metrics of a state, a copy per device, on volumes; see `evaluation.evaluate`.
+
+    Probabilities come to the host, not labels: they are resampled to each volume's own geometry.
+    """
     return evaluation.evaluate(
         predictor(run, replicated, stoppable=stoppable),
         run.prepared,

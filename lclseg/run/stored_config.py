@@ -40,6 +40,7 @@ JOINT_ONLY = (
     "rounds.steps_per_round",
     "rounds.fresh_heads",
     "rounds.refresh_every",
+    "rounds.refresh_slices",
     "rounds.baseline_from",
     "log.",
 )
