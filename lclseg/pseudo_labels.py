@@ -56,7 +56,8 @@ class PseudoLabels:
     labels: np.ndarray
     class_pixels: np.ndarray
     report: dict
-    drawn: slice | np.ndarray = slice(None)
+    # A slice is no default by itself: before Python 3.12 it cannot be hashed.
+    drawn: slice | np.ndarray = dataclasses.field(default_factory=lambda: slice(None))
 
     def read(self, records: np.ndarray) -> np.ndarray:
         """Labels [B, H, W] of the given records; raises KeyError if one has none."""

@@ -1,8 +1,10 @@
 """The clinic's loop: train, ask which volume is next, correct its mask, train on."""
 
 import csv
+import html
 import json
 import runpy
+import shlex
 import shutil
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from lclseg import model_files, predict, suggest, train
 from lclseg.data import own_data
 from lclseg.data.splits import SplitError
 from lclseg.errors import ConfigError
+from lclseg.page import suggestions
 from lclseg.page.recorded import RunError, find_prepared
 from lclseg.run import devices
 from lclseg.run.setup import start_run
@@ -122,6 +125,19 @@ def test_tables_and_page(loop, suggested):
     assert all(s.volume_id in page for s in found)
     assert f"--config.rounds.start_from={workdir}" in page and "itksnap" in page
     assert page.count("<svg") >= 4
+
+
+def test_commands_of_the_page_take_names_with_blanks(tmp_path):
+    config = {"data": {"name": "nifti_folder", "manual_dir": str(tmp_path / "my data")}}
+    image = str(tmp_path / "my data" / "Pat 06.nii.gz")
+    chosen = suggest.Suggestion(1, "Pat 06", 0.5, 1.0, 0.1, image, "masks/Pat 06.nii.gz")
+    shown = "".join(suggestions._how(config, {"workdir": "/runs/my run"}, [chosen]))
+    lines = html.unescape(shown).replace("\\\n", "").replace("<", "\n").splitlines()
+    (snap,) = [shlex.split(x.partition(">")[2]) for x in lines if ">itksnap" in x]
+    assert snap == ["itksnap", "-g", image, "-s", "masks/Pat 06.nii.gz"]
+    (train,) = [shlex.split(x.partition(">")[2]) for x in lines if ">python" in x]
+    assert f"--config.data.manual_dir={tmp_path}/my data" in train
+    assert "--config.rounds.start_from=/runs/my run" in train
 
 
 def test_corrected_masks_are_never_overwritten(loop, suggested):

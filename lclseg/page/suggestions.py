@@ -1,6 +1,6 @@
 """The page of suggestions: which volumes to label next, with what the network sees in them."""
 
-import html
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -97,11 +97,12 @@ def _how(config: dict, about: dict, chosen: "Sequence[Suggestion]") -> Iterator[
     data = config["data"]
     yield (
         "<p>Open an image with its mask, correct the mask, and save it under the name it has. In "
-        "3D Slicer: add both files, the mask as a segmentation. In ITK-SNAP:</p>"
+        "3D Slicer: add both files, the mask as a segmentation. In ITK-SNAP, from the folder of "
+        "this page:</p>"
     )
     image = next((s.image for s in chosen if s.image), "IMAGE")
     mask = chosen[0].mask if chosen else "MASK"
-    yield f"<pre>itksnap -g {html.escape(image)} -s {html.escape(mask)}</pre>"
+    yield f"<pre>{text(shlex.join(['itksnap', '-g', image, '-s', mask]))}</pre>"
     if data["name"] != own_data.NAME:
         yield note(
             f"The masks of {data['name']} hold class numbers, as all that a run writes; a data set "
@@ -116,11 +117,11 @@ def _how(config: dict, about: dict, chosen: "Sequence[Suggestion]") -> Iterator[
     )
     command = (
         f"python -m lclseg.main --config=configs/nifti_folder.py \\\n"
-        f"  --config.data.manual_dir={folder} \\\n"
-        f"  --config.rounds.start_from={about['workdir']} \\\n"
+        f"  --config.data.manual_dir={shlex.quote(str(folder))} \\\n"
+        f"  --config.rounds.start_from={shlex.quote(about['workdir'])} \\\n"
         "  --workdir=NEW_FOLDER"
     )
-    yield f"<pre>{html.escape(command)}</pre>"
+    yield f"<pre>{text(command)}</pre>"
 
 
 def _all(suggestions: "Sequence[Suggestion]") -> Iterator[str]:
