@@ -47,7 +47,7 @@ def slices_in_step(
       batch: how many slices each group of a global batch has.
       image_shape: of a slice, [H, W] or [H, W, K].
     """
-    array = jax.ShapeDtypeStruct
+    array: Any = jax.ShapeDtypeStruct
     store = steps.Store(
         image=array((1, *image_shape), jnp.float32),
         label=array((1, *image_shape[:2]), jnp.uint8),
