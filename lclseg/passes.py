@@ -47,12 +47,13 @@ def slices_in_step(
       batch: how many slices each group of a global batch has.
       image_shape: of a slice, [H, W] or [H, W, K].
     """
+    array: Any = jax.ShapeDtypeStruct
     store = steps.Store(
-        image=jnp.zeros((1, *image_shape)),
-        label=jnp.zeros((1, *image_shape[:2]), jnp.uint8),
-        is_labeled=jnp.zeros((1,), jnp.bool_),
+        image=array((1, *image_shape), jnp.float32),
+        label=array((1, *image_shape[:2]), jnp.uint8),
+        is_labeled=array((1,), jnp.bool_),
     )
-    rows = {group: jnp.zeros((n,), jnp.int32) for group, n in batch.items()}
+    rows = {group: array((n,), jnp.int32) for group, n in batch.items()}
     net = _MarkedNet(model.clone(axis_name=None))
 
     def losses(state, store, rows, key):
