@@ -4,12 +4,14 @@ import importlib
 import json
 import runpy
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 from ml_collections import ConfigDict
 
 from lclseg import train
+from lclseg.data import splits
 from lclseg.errors import ConfigError, UserError
 from lclseg.run import setup
 from lclseg.run.config_checks import check_config
@@ -177,6 +179,25 @@ def test_class_weights_are_held_against_the_classes_before_anything_is_prepared(
             setup.open_data(config)
 
 
+@pytest.mark.parametrize(("slices", "refused"), [([], True), ([1], True), ([2], False)])
+def test_a_pool_that_is_too_small_to_draw_from(monkeypatch, slices, refused):
+    """Before a workdir is claimed; an empty pool, a volume of one slice, of two."""
+    volumes = {f"u{n}": SimpleNamespace(slices=range(7, 7 + n)) for n in slices}
+    split = splits.Split(("l",), tuple(volumes), (), ("t",))
+    monkeypatch.setattr(setup, "open_builder", lambda *args, **kwargs: None)
+    monkeypatch.setattr(setup, "preprocessing_of", lambda b: SimpleNamespace(class_names=("a",)))
+    prepared = SimpleNamespace(volumes=volumes)
+    monkeypatch.setattr(setup, "open_prepared", lambda *args, **kwargs: prepared)
+    monkeypatch.setattr(setup, "resolve_split", lambda *args, **kwargs: split)
+    config = config_of()
+    if refused:
+        wanted = f"found {len(slices)} volumes with {sum(slices)} slices .*; wanted at least 2"
+        with pytest.raises(ConfigError, match=wanted):
+            setup.open_data(config)
+        config.rounds.num_rounds = 0
+    assert setup.open_data(config) == (prepared, split)
+
+
 def test_class_weights_that_no_loss_reads():
     config = config_of()
     config.loss.class_weights = (1.0,) * 4
@@ -199,7 +220,7 @@ def test_a_wrong_value_of_own_data_is_told_before_the_folder_is_looked_at(tmp_pa
 
 def test_every_error_that_a_user_can_mend_is_a_user_error():
     from lclseg import errors, model_files, pseudo_labels, sweep
-    from lclseg.data import nifti, splits
+    from lclseg.data import nifti
     from lclseg.page import recorded
     from lclseg.run import workdir
 
