@@ -374,7 +374,10 @@ def test_origin(full):
     read = Page(full)
     for text in ("7.8.9", "jax 1.2.3", "3 x abacus (wood)", "baseline 1.5 min", "UTC"):
         assert text in read.text
-    assert "python -m lclseg.main --config=configs/phantom.py \\ --config.rounds" in read.text
+    assert (
+        "python -m lclseg.main --config=configs/phantom.py:local_contrastive \\ --config.rounds"
+        in read.text
+    )
     assert '"baseline_steps": 4' in read.text
 
 
