@@ -485,6 +485,7 @@ def main(argv):
     results = read_results(folder, sweep)
     print(markdown(sweep, results))
     if results:
+        write_table(sweep, folder)
         print(f"\n{write_page(sweep, results, workdir, folder)}")
     if failed:
         raise SweepError("\n  ".join([f"{len(failed)} runs failed:", *failed]))

@@ -522,21 +522,22 @@ def test_values_that_will_not_do(tmp_path, data, error, message):
 @pytest.mark.parametrize(
     ("masks", "without", "num_labeled", "expected"),
     [
-        (2, 9, "2", (1, 1, 0)),
+        (1, 9, "1", (1, 0, 0)),
+        (2, 9, "2", (2, 0, 0)),
         (2, 9, "1", (1, 1, 0)),
         (3, 9, "2", (2, 1, 0)),
         (3, 9, "1", (1, 1, 1)),
         (4, 9, "2", (2, 1, 1)),
         (6, 9, "2", (2, 2, 2)),
         (30, 9, "8", (8, 2, 20)),
-        (8, 9, "8", (7, 1, 0)),
+        (8, 9, "8", (8, 0, 0)),
         (2, 9, "all", (1, 1, 0)),
         (5, 9, "all", (3, 1, 1)),
         (30, 9, "all", (22, 2, 6)),
         (200, 0, "2", (2, 2, 40)),
         (5, 0, "1", (1, 2, 1)),
         (4, 0, "2", (2, 1, 1)),
-        (2, 0, "2", (1, 1, 0)),
+        (2, 0, "2", (2, 0, 0)),
         (30, 0, "all", (22, 2, 6)),
     ],
 )
@@ -557,7 +558,7 @@ def test_how_many_are_drawn(masks, without, num_labeled, expected):
     drawn = sum(lists.values(), ())
     assert len(set(drawn)) == len(drawn) and set(drawn) <= set(shown)
     assert draw(5) == lists
-    if masks > 5:
+    if masks > 5 and expected[0] < masks:
         assert draw(6) != lists
         assert len({draw(seed)["labeled"] for seed in range(20)}) > 3
 
@@ -739,9 +740,7 @@ def test_a_run_that_learns_from_both_of_two_masks(tmp_path):
     """No mask chooses a checkpoint: the last weights are handed out, and everything says so."""
     folder = make_simple(tmp_path / "x", num_masks=2, num_cases=4, spacing_mm=(4.0, 1.0, 1.0))
     workdir = tmp_path / "run"
-    config = config_of(
-        folder, data_dir=str(tmp_path / "prepared"), labeled_batch_size=4, num_validation=0
-    )
+    config = config_of(folder, data_dir=str(tmp_path / "prepared"), labeled_batch_size=4)
     config.data.unlabeled_batch_size = 4
     config.model.filters = (4, 4)
     config.rounds.update(baseline_steps=3, steps_per_round=2, num_rounds=1, eval_every=2)
@@ -782,7 +781,7 @@ def test_a_run_with_two_masks(tmp_path):
 
     def run():
         config = config_of(folder, data_dir=str(tmp_path / "prepared"), labeled_batch_size=4)
-        config.data.unlabeled_batch_size = 4
+        config.data.update(num_labeled="1", unlabeled_batch_size=4)
         config.model.filters = (4, 4)
         config.rounds.update(baseline_steps=2, steps_per_round=2, num_rounds=1, eval_every=2)
         config.rounds.batch_norm_batches = 0

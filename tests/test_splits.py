@@ -285,11 +285,11 @@ PHANTOMS = index_of(*(f"phantom_{n:03d}" for n in range(64)))
 @pytest.mark.parametrize(
     ("arguments", "labeled", "validation", "test"),
     [
-        ([], [0], [40, 41], range(44, 64)),
-        (["--config.data.num_labeled=2"], [0, 3], [40, 41], range(44, 64)),
-        (["--config.data.split=c2"], [1], [42, 43], range(44, 64)),
-        (["--config.data.test=('phantom_050','phantom_046')"], [0], [40, 41], [50, 46]),
-        (["--config.data.labeled=('phantom_007',)"], [7], [40, 41], range(44, 64)),
+        ([], [0], [12, 28], range(44, 64)),
+        (["--config.data.num_labeled=2"], [0, 3], [12, 28], range(44, 64)),
+        (["--config.data.split=c2"], [1], [5, 24], range(44, 64)),
+        (["--config.data.test=('phantom_050','phantom_046')"], [0], [12, 28], [50, 46]),
+        (["--config.data.labeled=('phantom_007',)"], [7], [12, 28], range(44, 64)),
         (
             ["--config.data.num_labeled=2", "--config.data.validation=('phantom_009',)"],
             [0, 3],

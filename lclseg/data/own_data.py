@@ -475,7 +475,7 @@ def _patients(data: ConfigDict, files: Sequence[Files]) -> dict[str, str]:
 
 def _draw(
     folder: Path, data: ConfigDict, files: Sequence[Files], start_from: str
-) -> tuple[dict[str, tuple[str, ...]], list[str]]:
+) -> tuple[dict[str, Any], list[str]]:
     """Lists of patients by role, with the whole pool and those with a mask; what is worth telling.
 
     By names alone: no mask is opened.
@@ -517,8 +517,10 @@ def _draw(
         num_validation=data.num_validation,
     )
     pool = tuple(dict.fromkeys(patient.values()))  # less those with another role
+    num_validation = data.num_validation if drawn["validation"] else 0
+    found = {"pool": pool, "with_mask": tuple(sorted(with_mask)), "num_validation": num_validation}
     return (
-        {**drawn, "pool": pool, "with_mask": tuple(sorted(with_mask))},
+        drawn | found,
         [*notes, *_scans(patient), *told],
     )
 

@@ -41,7 +41,8 @@ def draw_lists(
     `num_labeled` of them. Validation: 2, or 1 where fewer than 4 are left. Test: all that are left;
     but where every patient has ground truth, a fifth of them, so that the others make the
     unlabelled pool. "all" labels all but validation and test, again a fifth. Where `num_labeled` is
-    all there are, one of them is for validation, unless `num_validation` is 0.
+    all there are, they are all learnt from: to choose a checkpoint by a mask gains nothing over the
+    last averaged weights, a mask more to learn from does (docs/results.md).
 
     Args:
       rng: random.
@@ -65,6 +66,9 @@ def draw_lists(
     free = [free[i] for i in rng.permutation(len(free))]
 
     open_roles = {role for role in ROLES if not lists[role]}
+    takes_all = "labeled" in open_roles and num_labeled != "all" and len(free) <= int(num_labeled)
+    if num_validation == PROPOSED and takes_all:
+        num_validation = 0
     if num_validation == 0:
         open_roles -= {"validation"}
     least = _least_validation(open_roles, num_validation) + ("labeled" in open_roles)
@@ -91,7 +95,7 @@ def draw_lists(
     found = {role: tuple(lists[role]) or tuple(sorted(drawn[role])) for role in drawn}
 
     notes = [_role_note(role, found[role], role in open_roles) for role in found if found[role]]
-    if num_validation == 0:
+    if num_validation == 0 and not found["validation"]:
         notes.append("data.validation: none; the last averaged weights are handed out, not chosen")
     if rest and "unlabeled" in open_roles:
         notes.append(
