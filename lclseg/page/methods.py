@@ -64,7 +64,8 @@ def _worst(
     if not runs:
         yield note("No pictures: the runs' folders are not here.")
         return
-    yield "<p>The worst volumes of the first row, by every row, on the first pair:</p>"
+    yield "<p>The worst volumes of the first row, by every row, on the first pair; every component "
+    yield "is shown and counted:</p>"
     for volume_id, _ in next(iter(worst.values())):
         yield f"<h4>{text(volume_id)}</h4>"
         yield from side_by_side(runs, volume_id)
