@@ -38,7 +38,9 @@ def run(tmp_path_factory):
     place = tmp_path_factory.mktemp("channels")
     for n, name in enumerate("abcde"):
         write_case(place / "data", name, n, labelled=n < 3)
-    config = runpy.run_path(str(ROOT / "configs" / "nifti_folder.py"))["get_config"]()
+    config = runpy.run_path(str(ROOT / "configs" / "nifti_folder.py"))["get_config"](
+        "local_contrastive"
+    )
     data = config.data
     data.update(manual_dir=str(place / "data"), data_dir=str(place / "sets"), num_labeled="1")
     data.labeled_batch_size = 4

@@ -148,8 +148,8 @@ FAULTS = {
     ),
     "no foreground": (
         "labels",
-        lambda p: write(p, np.zeros((6, 7, 4), np.uint8)),
-        r"the masks of data\.\w+ \(case1\) show no class at all; set",
+        lambda p: [write(q, np.zeros((6, 7, 4), np.uint8)) for q in p.parent.iterdir()],
+        r"\(case0, case1\), all of them empty; set data\.labeled and data\.validation",
     ),
 }
 
@@ -159,7 +159,7 @@ def test_each_fault_is_one_line(folder, part, spoil, message):
     path = folder / part / "case1.nii.gz"
     spoil(path)
     (problem,) = check_data.check_folder(folder, 3).problems
-    assert problem.startswith(str(path)) or "(case1)" in problem
+    assert problem.startswith(str(path)) or "case1" in problem
     assert re.search(message, problem), problem
 
 

@@ -758,6 +758,7 @@ def test_models_of_other_classes_or_preprocessing_are_not_averaged(
     path = workdir / "preprocessing.json"
     how = preprocess.from_json(json.loads(path.read_text()), str(path))
     path.write_text(json.dumps(preprocess.to_json(how._replace(**{field: value}))))
+    (workdir / "postprocessing.json").unlink()  # it names classes, too
     assert len(predict.load_models([tiny_run[0], tiny_run[0]])) == 2
     with pytest.raises(ModelError, match=f"cannot be averaged: {field} is .*; give") as error:
         predict.load_models([tiny_run[0], workdir])
