@@ -1,7 +1,7 @@
 """python docs/images/rounds.py --workdir RUN --output docs/images/rounds.svg
 
 Draws the picture of the README: two volumes of a run's pool, their hidden truth, and what the
-baseline and the rounds made of them. The pool's truth must be known (phantom, ACDC).
+baseline, the first and the last round made of them. The pool's truth must be known (phantom, ACDC).
 """
 
 import argparse
@@ -10,11 +10,12 @@ from pathlib import Path
 
 import numpy as np
 
+from lclseg.metrics import mean_foreground_dice
 from lclseg.page import figures, pictures
 from lclseg.page.elements import text
 from lclseg.page.palette import PALETTE
 from lclseg.page.recorded import find_prepared, read_run
-from lclseg.pseudo_labels import load_pseudo_labels, mean_foreground_dice
+from lclseg.pseudo_labels import load_pseudo_labels
 
 SIDE, GAP, HEAD, LEFT = 200, 12, 34, 0  # px
 GREY = "#7b8189"  # read on light and on dark ground
