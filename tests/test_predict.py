@@ -681,7 +681,7 @@ def test_the_command_takes_a_stage(tiny_run, phantom_folder, tmp_path, main):
     wanted = {"baseline": stages["baseline"]["test"], "last": stages["round_1"]["test_last"]}
     wanted = {k: v["largest_component"] for k, v in wanted.items()}
     wanted = {k: v["per_volume"][name]["dice"] for k, v in wanted.items()}
-    assert wanted["baseline"] != wanted["last"]
+    assert all(abs(wanted["last"][k] - dice) > 0.01 for k, dice in wanted["baseline"].items())
     for stage, dice in wanted.items():
         main(
             *("--workdir", workdir, "--stage", stage, "--output", tmp_path / stage),
@@ -689,7 +689,8 @@ def test_the_command_takes_a_stage(tiny_run, phantom_folder, tmp_path, main):
             *("--labels", phantom_folder / "labels"),
         )
         found = json.loads((tmp_path / stage / "metrics.json").read_text())
-        assert found["per_volume"][name]["dice"] == pytest.approx(dice, abs=1e-6)
+        # Up to a voxel or two: in a batch of another size sums are rounded otherwise.
+        assert found["per_volume"][name]["dice"] == pytest.approx(dice, abs=0.002)
 
 
 def test_partly_finished_runs(tiny_run, tmp_path):
