@@ -23,6 +23,6 @@ def get_config(method: str = "self_training") -> ConfigDict:
     data = config.data
     data.image_size = 96
     data.target_spacing_mm = 2.73438
-    shorten(config, 8)
+    shorten(config)
     config.rounds.refresh_slices = 0  # the whole pool, 460 slices
     return config

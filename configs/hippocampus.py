@@ -77,5 +77,5 @@ def get_config(method: str = "self_training") -> ConfigDict:
     data.test_patients = TEST
     data.pool = POOL
     data.splits = table(IDS, SPLITS) | {"all": all_but(IDS, POOL, ALL)}
-    short["shorten"](config, 8)
+    short["shorten"](config)
     return config

@@ -44,5 +44,5 @@ def get_config(method: str = "self_training") -> ConfigDict:
     data.num_labeled = "2"
     data.draw_seed = 0
     data.split = "drawn"
-    short["shorten"](config, 8)
+    short["shorten"](config)
     return config

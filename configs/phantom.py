@@ -44,5 +44,5 @@ def get_config(method: str = "self_training") -> ConfigDict:
     pairs = {c: pair for c, (_, pair) in SPLITS["1"].items()}
     data.splits = table(IDS, SPLITS) | {"all": all_but(IDS, POOL, pairs)}
     # The run has ten minutes on two cores.
-    short["shorten"](config, 8)
+    short["shorten"](config)
     return config
