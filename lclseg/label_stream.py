@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from lclseg import evaluation
 from lclseg.crf import dense_crf
+from lclseg.data.batches import REFRESH_STREAM
 from lclseg.losses import IGNORE
 from lclseg.pseudo_labels import (
     UNCERTAIN,
@@ -140,7 +141,7 @@ def refresher(
     num_slices = {v: len(volumes[v].slices) for v in pseudo_labels.report["volume_ids"]}
 
     def drawn_at(number: int) -> tuple[list[str], np.ndarray]:
-        rng = np.random.default_rng((run.config.seed, stage.first_step + number))
+        rng = np.random.default_rng((run.config.seed, stage.first_step + number, REFRESH_STREAM))
         ids = draw_volumes(rng, num_slices, run.config.rounds.refresh_slices)
         records = np.sort(np.concatenate([volumes[v].slices for v in ids]))
         return ids, np.searchsorted(pseudo_labels.records, records)

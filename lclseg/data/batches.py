@@ -13,7 +13,7 @@ import numpy as np
 from lclseg.data.dataset import PreparedSet
 from lclseg.data.splits import SplitError
 
-LABELED_STREAM, METHOD_STREAM = 0, 1
+LABELED_STREAM, METHOD_STREAM, REFRESH_STREAM = 0, 1, 2  # of random numbers, beside seed and step
 logger = logging.getLogger("lclseg")
 
 
