@@ -689,7 +689,7 @@ def test_the_command_takes_a_stage(tiny_run, phantom_folder, tmp_path, main):
             *("--labels", phantom_folder / "labels"),
         )
         found = json.loads((tmp_path / stage / "metrics.json").read_text())
-        # Up to a voxel or two: in a batch of another size sums are rounded otherwise.
+        # JAX 0.12: 0.0006 apart in one class. Batches of another size round sums otherwise.
         assert found["per_volume"][name]["dice"] == pytest.approx(dice, abs=0.002)
 
 
