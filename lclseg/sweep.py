@@ -19,9 +19,9 @@ import logging
 import re
 import runpy
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from absl import app, flags
@@ -47,6 +47,7 @@ _TABLE_ONLY = flags.DEFINE_bool("table_only", False, "Train nothing, print the t
 NOT_STORED = ("num_cpu_devices", "data.data_dir", "data.manual_dir", "rounds.baseline_from")
 PREPARE = "prepare"  # the job before all runs
 logger = logging.getLogger("lclseg")
+T = TypeVar("T")
 
 
 class SweepError(UserError):
@@ -258,26 +259,12 @@ def _interval(values: Sequence[float], sign: str = "") -> str:
     return f"{mean:{sign}.3f}" + ("" if half is None else f" ± {half:.3f}")
 
 
-def find_baseline(config: ConfigDict, workdirs: Sequence[Path]) -> str:
-    """The first of the workdirs with the same baseline, or "" if there is none."""
+def first_with_baseline(config: ConfigDict, stored: Iterable[tuple[T, dict]]) -> T | None:
+    """Which of (name, config as stored) is the first whose baseline is the config's; or None."""
     from lclseg.run.start_from import other_baseline  # here: it loads JAX
 
     own = to_store(config)
-    for workdir in workdirs:
-        if not other_baseline(as_now(json.loads((workdir / "config.json").read_text())), own):
-            return str(workdir)
-    return ""
-
-
-def shared_baseline(experiment: Experiment, earlier: Sequence[Experiment]) -> Experiment | None:
-    """The first of the earlier experiments with the same baseline; None if there is none."""
-    from lclseg.run.start_from import other_baseline  # here: it loads JAX
-
-    own = to_store(experiment.config)
-    for other in earlier:
-        if not other_baseline(to_store(other.config), own):
-            return other
-    return None
+    return next((name for name, theirs in stored if not other_baseline(theirs, own)), None)
 
 
 def run_one(
@@ -304,10 +291,11 @@ def run_one(
 
     run_dir, config = workdir / experiment.path, experiment.config
     begun = read_json(run_dir / "config.json")
-    places = [workdir / e.path for e in earlier]
-    finished = [p for p in places if "chosen" in (read_json(p / "results.json") or {})]
+    places = [str(workdir / e.path) for e in earlier]
+    finished = [p for p in places if "chosen" in (read_json(Path(p, "results.json")) or {})]
+    stored = ((p, as_now(json.loads(Path(p, "config.json").read_text()))) for p in finished)
     config.rounds.baseline_from = (
-        begun["rounds"]["baseline_from"] if begun else find_baseline(config, finished)
+        begun["rounds"]["baseline_from"] if begun else first_with_baseline(config, stored) or ""
     )
     result = train.train_and_evaluate(config, run_dir, stop_asked)
     content = {"config": of_result(to_store(config)), **result}
@@ -411,9 +399,10 @@ def run_side_by_side(
     for experiment in experiments(sweep):
         if (experiment.row, experiment.split, experiment.seed) not in results:
             name, after = str(experiment.path), [PREPARE]
-            source = shared_baseline(experiment, earlier)
-            if source and any(str(source.path) == job.name for job in jobs):
-                after.append(str(source.path))
+            stored = ((str(e.path), to_store(e.config)) for e in earlier)
+            source = first_with_baseline(experiment.config, stored)
+            if source and any(source == job.name for job in jobs):
+                after.append(source)
             log = workdir / experiment.path.with_suffix(".log")
             jobs.append(_job(name, log, f"--only={name}", after=after))
         earlier.append(experiment)

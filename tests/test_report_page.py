@@ -536,11 +536,14 @@ def test_curves_join_the_stages(monkeypatch, tmp_path, results):
         return "<svg></svg>"
 
     monkeypatch.setattr(figures, "line_chart", line_chart)
-    one_run.page(read_run(write_run(tmp_path / "run", results, lines=LINES), "run", None, "-"))
-    (loss, segmentation), options = charts[0]
+    lines = [*LINES, {"stage": "round_1", "step": 4, "loss": 0.6, "consistency_loss": 0.125}]
+    one_run.page(read_run(write_run(tmp_path / "run", results, lines=lines), "run", None, "-"))
+    (loss, segmentation, consistency), options = charts[0]
     points = {x: y for x, y in zip(loss.x, loss.y, strict=True) if not np.isnan(y)}
-    assert points == {2: 0.9, 4: 0.5, 6: 0.7}  # round 1 begins after 4 steps
+    assert points == {2: 0.9, 4: 0.5, 6: 0.7, 8: 0.6}  # round 1 begins after 4 steps
     assert 0.4 in segmentation.y
+    # A term of whatever method; the contrastive one has a chart of its own.
+    assert consistency.name == "consistency loss" and 0.125 in consistency.y
     assert list(options["marks"]) == [(4, "round 1"), (8, "round 2")]
     *_, mean, best = charts[1][0]
     assert list(zip(best.x, best.y, strict=True)) == [(2, 0.6), (6, 0.8), (10, 0.7)]

@@ -3,11 +3,10 @@
 Same network, optimiser, steps, batches and augmentation in all. The first row is compared with.
 """
 
-SELF_TRAINING = {"method": "self_training"}
 ROWS = {
     "supervised": {"method": "supervised"},
-    "self-training": SELF_TRAINING,
-    "self-training, copy-paste": SELF_TRAINING | {"method.copy_paste": True},
+    "self-training": {"method": "self_training", "method.copy_paste": False},
+    "self-training, copy-paste": {"method": "self_training", "method.copy_paste": True},
     "local contrastive": {"method": "local_contrastive"},
     "BCP": {"method": "bcp"},
     "UniMatch": {"method": "unimatch"},

@@ -9,12 +9,11 @@ from lclseg.page import tables
 from lclseg.page.charts import line_chart, strip_charts
 from lclseg.page.command import reproducing_command
 from lclseg.page.elements import details, document, note, section, table, text
-from lclseg.page.figures import INK, MUTED, SERIES, Line, series
+from lclseg.page.figures import INK, MUTED, Line, series
 from lclseg.page.pictures import changed_pictures, test_pictures
 from lclseg.page.recorded import RecordedRun, named
 
 ROLES = {"labeled": "labelled", "unlabeled": "unlabelled", "validation": "validation"}
-LOSSES = {"loss": INK, "segmentation_loss": SERIES[0], "pseudo_label_loss": SERIES[1]}
 
 
 def page(run: RecordedRun) -> str:
@@ -118,9 +117,11 @@ def _largest_component(run: RecordedRun) -> str:
 
 def _curves(run: RecordedRun) -> Iterator[str]:
     marks = [(first, named(stage)) for stage, first in run.first_steps.items() if first]
-    # The loss of a baseline is its segmentation loss.
-    keys = LOSSES if marks else ["loss"]
-    losses = [Line(named(key), *run.logged(key), LOSSES[key]) for key in keys]
+    losses = [Line("loss", *run.logged("loss"), INK)]
+    if marks:  # the loss of a baseline is its segmentation loss
+        terms = [term for term in run.loss_terms if term != "contrastive_loss"]  # has its own chart
+        colors = series(len(terms))
+        losses += [Line(named(t), *run.logged(t), c) for t, c in zip(terms, colors, strict=True)]
     colors = series(len(run.classes))
     dice = [
         *(

@@ -75,6 +75,12 @@ class RecordedRun(NamedTuple):
         }
         return {stage: step for stage, step in steps.items() if stage in begun}
 
+    @property
+    def loss_terms(self) -> list[str]:
+        """Keys of metrics.jsonl that are terms of the loss, in the order in which they come."""
+        keys = dict.fromkeys(key for line in self.lines for key in line)
+        return [key for key in keys if key.endswith("_loss")]
+
     def logged(self, key: str) -> Curve:
         """Values of a key of metrics.jsonl."""
         return self._joined(lambda stage: self._lines_of(stage, key))

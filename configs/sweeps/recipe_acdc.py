@@ -1,0 +1,43 @@
+"""What the short recipe was chosen by, on ACDC, 96 x 96, 1 labelled volume.
+
+  python -m lclseg.sweep --sweep=configs/sweeps/recipe_acdc.py --manual_dir=ACDC/training
+
+No volume of the reported tables' test sets is seen here: other volumes are labelled than there, and
+tested are volumes of the pool, which is without them.
+"""
+
+import runpy
+from pathlib import Path
+
+CONFIGS = Path(__file__).parents[1]
+acdc = runpy.run_path(str(CONFIGS / "acdc.py"))
+lists = runpy.run_path(str(CONFIGS / "parts" / "splits.py"))
+
+IDS = acdc["IDS"]
+SPLITS = {"1": {"d1": ("063", "011 071"), "d2": ("023", "011 071")}}
+USED = lists["patients"](IDS, "063 023 072")
+TEST = tuple(p for p in acdc["POOL"] if p not in USED)[::3]
+
+CONFIG = "../acdc_short.py"
+PAIRS = (("d1", 1), ("d2", 2))
+BASE = {
+    "data.splits": lists["table"](IDS, SPLITS),
+    "data.pool": tuple(p for p in acdc["POOL"] if p not in TEST),
+    "data.test_patients": TEST,
+}
+
+
+def self_training(weight: float, copy_paste: bool = False) -> dict:
+    return {
+        "method": "self_training",
+        "method.weight": weight,
+        "method.copy_paste": copy_paste,
+    }
+
+
+ROWS = {
+    "supervised": {"method": "supervised"},
+    "self-training, weight 0.5": self_training(0.5),
+    "self-training, weight 0.5, copy-paste": self_training(0.5, copy_paste=True),
+    "self-training, weight 0.25, copy-paste": self_training(0.25, copy_paste=True),
+}
