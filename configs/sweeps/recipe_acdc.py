@@ -1,6 +1,7 @@
 """What the short recipe was chosen by, on ACDC, 96 x 96, 1 labelled volume.
 
-  python -m lclseg.sweep --sweep=configs/sweeps/recipe_acdc.py --manual_dir=ACDC/training
+  python -m lclseg.sweep --sweep=configs/sweeps/recipe_acdc.py \\
+    --manual_dir=ACDC/training
 
 No volume of the reported tables' test sets is seen here: other volumes are labelled than there, and
 tested are volumes of the pool, which is without them.

@@ -1,6 +1,7 @@
 """What the short recipe was chosen by, on hippocampus, 64 x 64, 1 labelled volume.
 
-  python -m lclseg.sweep --sweep=configs/sweeps/recipe_hippocampus.py --manual_dir=Task04_Hippocampus
+  python -m lclseg.sweep --sweep=configs/sweeps/recipe_hippocampus.py \\
+    --manual_dir=Task04_Hippocampus
 
 No volume of the reported tables' test sets is seen here: other volumes are labelled than there, and
 tested are volumes of the pool, which is without them.
