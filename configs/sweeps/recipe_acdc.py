@@ -15,12 +15,14 @@ acdc = runpy.run_path(str(CONFIGS / "acdc.py"))
 lists = runpy.run_path(str(CONFIGS / "parts" / "splits.py"))
 
 IDS = acdc["IDS"]
-SPLITS = {"1": {"d1": ("063", "011 071"), "d2": ("023", "011 071")}}
+SPLITS = {
+    "1": {"d1": ("063", "011 071"), "d2": ("023", "011 071"), "d3": ("003", "011 071")},
+}
 USED = lists["patients"](IDS, "063 023 072")
 TEST = tuple(p for p in acdc["POOL"] if p not in USED)[::3]
 
 CONFIG = "../acdc_short.py"
-PAIRS = (("d1", 1), ("d2", 2))
+PAIRS = (("d1", 1), ("d2", 2), ("d3", 3))
 BASE = {
     "data.splits": lists["table"](IDS, SPLITS),
     "data.pool": tuple(p for p in acdc["POOL"] if p not in TEST),
