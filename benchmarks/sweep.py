@@ -20,7 +20,7 @@ from lclseg.cores import usable_cores
 
 SWEEP = """
 CONFIG = {config!r}
-PAIRS = (("c1", 0), ("c1", 1))
+PAIRS = {pairs}
 BASE = {{
     "method": "supervised",
     "data.image_size": {size},
@@ -32,7 +32,8 @@ BASE = {{
 }}
 ROWS = {{"1e-3": {{"optimizer.learning_rate": 1e-3}}, "3e-3": {{}}}}
 """
-NUM_RUNS = 4
+SEEDS = (0, 1)
+NUM_RUNS = 2 * len(SEEDS)
 
 
 def run(folder: Path, cores: set[int], *flags: str) -> None:
@@ -60,20 +61,23 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
 
-        def write(steps: int) -> None:
-            values = {"size": args.size, "spacing": 128 / args.size, "steps": steps}
+        def write(steps: int, seeds: tuple[int, ...]) -> None:
+            pairs = tuple(("c1", seed) for seed in seeds)
+            spacing = 128 / args.size
             config = str(harness.ROOT / "configs" / "phantom.py")
-            (folder / "sweep.py").write_text(SWEEP.format(config=config, **values))
+            sizes = {"size": args.size, "spacing": spacing, "steps": steps}
+            content = SWEEP.format(config=config, pairs=pairs, **sizes)
+            (folder / "sweep.py").write_text(content)
 
-        def turn(cores: set[int], each: bool) -> float:
+        def turn(cores: set[int], each: bool, seeds: tuple[int, ...] = SEEDS) -> float:
             for place in ("workdir", "results"):
                 shutil.rmtree(folder / place, ignore_errors=True)
-            names = [f"{row}/c1_seed{seed}" for seed in (0, 1) for row in ("1e_3", "3e_3")]
+            names = [f"{row}/c1_seed{seed}" for seed in seeds for row in ("1e_3", "3e_3")]
             flags = [(f"--only={n}",) for n in names] if each else [()]
             seconds = harness.timed(lambda: [run(folder, cores, *f) for f in flags])
             done = len(list((folder / "results").glob("*/*.json")))
-            if done != NUM_RUNS:
-                sys.exit(f"{done} runs ended well; wanted {NUM_RUNS}")
+            if done != len(names):
+                sys.exit(f"{done} runs ended well; wanted {len(names)}")
             return seconds
 
         setups = {
@@ -81,10 +85,10 @@ def main() -> None:
             "one after the other, all devices": functools.partial(turn, set(cores), True),
             "side by side, 2 devices": functools.partial(turn, set(cores), False),
         }
-        write(2)
+        write(2, SEEDS[:1])
         for setup in setups.values():
-            setup()
-        write(args.steps)
+            setup(seeds=SEEDS[:1])
+        write(args.steps, SEEDS)
         found = {n: [] for n in setups}
         for _ in range(args.repeats):
             for n, setup in setups.items():
