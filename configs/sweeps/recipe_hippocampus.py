@@ -50,5 +50,7 @@ ROWS = {
     "self-training, weight 0.5": self_training(0.5),
     "self-training, weight 0.25": self_training(0.25),
     "self-training, weight 0.5, copy-paste": self_training(0.5, copy_paste=True),
+    "self-training, weight 0.25, 700 + 300 steps": self_training(0.25)
+    | {"rounds.baseline_steps": 700, "rounds.steps_per_round": 300},
     "BCP": {"method": "bcp"},
 }
