@@ -21,7 +21,7 @@ import runpy
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 from absl import app, flags
@@ -47,7 +47,6 @@ _TABLE_ONLY = flags.DEFINE_bool("table_only", False, "Train nothing, print the t
 NOT_STORED = ("num_cpu_devices", "data.data_dir", "data.manual_dir", "rounds.baseline_from")
 PREPARE = "prepare"  # the job before all runs
 logger = logging.getLogger("lclseg")
-T = TypeVar("T")
 
 
 class SweepError(UserError):
@@ -259,7 +258,7 @@ def _interval(values: Sequence[float], sign: str = "") -> str:
     return f"{mean:{sign}.3f}" + ("" if half is None else f" ± {half:.3f}")
 
 
-def first_with_baseline(config: ConfigDict, stored: Iterable[tuple[T, dict]]) -> T | None:
+def first_with_baseline(config: ConfigDict, stored: Iterable[tuple[str, dict]]) -> str | None:
     """Which of (name, config as stored) is the first whose baseline is the config's; or None."""
     from lclseg.run.start_from import other_baseline  # here: it loads JAX
 

@@ -3,6 +3,13 @@
 Same network, optimiser, steps, batches and augmentation in all. The first row is compared with.
 """
 
+
+def self_training(weight: float, copy_paste: bool = False) -> dict:
+    """A row of self-training whose loss on pseudo-labels counts so much."""
+    values = {"method.weight": weight, "method.copy_paste": copy_paste}
+    return {"method": "self_training"} | values
+
+
 ROWS = {
     "supervised": {"method": "supervised"},
     "self-training": {"method": "self_training", "method.copy_paste": False},

@@ -13,11 +13,13 @@ from pathlib import Path
 CONFIGS = Path(__file__).parents[1]
 acdc = runpy.run_path(str(CONFIGS / "acdc.py"))
 lists = runpy.run_path(str(CONFIGS / "parts" / "splits.py"))
+self_training = runpy.run_path(str(CONFIGS / "parts" / "methods.py"))["self_training"]
 
 IDS = acdc["IDS"]
 SPLITS = {
     "1": {"d1": ("063", "011 071"), "d2": ("023", "011 071"), "d3": ("003", "011 071")},
 }
+# The test volumes are what they were before there was d3, which is none of them.
 USED = lists["patients"](IDS, "063 023 072")
 TEST = tuple(p for p in acdc["POOL"] if p not in USED)[::3]
 
@@ -28,15 +30,6 @@ BASE = {
     "data.pool": tuple(p for p in acdc["POOL"] if p not in TEST),
     "data.test_patients": TEST,
 }
-
-
-def self_training(weight: float, copy_paste: bool = False) -> dict:
-    return {
-        "method": "self_training",
-        "method.weight": weight,
-        "method.copy_paste": copy_paste,
-    }
-
 
 ROWS = {
     "supervised": {"method": "supervised"},

@@ -13,6 +13,7 @@ from pathlib import Path
 CONFIGS = Path(__file__).parents[1]
 hippocampus = runpy.run_path(str(CONFIGS / "hippocampus.py"))
 lists = runpy.run_path(str(CONFIGS / "parts" / "splits.py"))
+self_training = runpy.run_path(str(CONFIGS / "parts" / "methods.py"))["self_training"]
 
 IDS = hippocampus["IDS"]
 SPLITS = {
@@ -34,15 +35,6 @@ BASE = {
     "data.pool": tuple(p for p in hippocampus["POOL"] if p not in TEST),
     "data.test_patients": TEST,
 }
-
-
-def self_training(weight: float, copy_paste: bool = False) -> dict:
-    return {
-        "method": "self_training",
-        "method.weight": weight,
-        "method.copy_paste": copy_paste,
-    }
-
 
 ROWS = {
     "supervised": {"method": "supervised"},
