@@ -28,4 +28,6 @@ def get_config(method: str = "self_training") -> ConfigDict:
     if config.method.name == "self_training":  # chosen in sweeps/recipe_acdc.py
         config.method.weight = 0.5
         config.method.copy_paste = True
+    if config.method.name == "local_contrastive":  # as much as there: they differ by the term only
+        config.method.pseudo_label_weight = 0.5
     return config

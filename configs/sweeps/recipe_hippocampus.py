@@ -36,6 +36,8 @@ BASE = {
     "data.test_patients": TEST,
 }
 
+LONG = {"rounds.baseline_steps": 600, "rounds.steps_per_round": 1400}
+
 ROWS = {
     "supervised": {"method": "supervised"},
     "self-training, weight 1": self_training(1.0),
@@ -45,4 +47,6 @@ ROWS = {
     "self-training, weight 0.25, 700 + 300 steps": self_training(0.25)
     | {"rounds.baseline_steps": 700, "rounds.steps_per_round": 300},
     "BCP": {"method": "bcp"},
+    "supervised, 2000 steps": {"method": "supervised"} | LONG,
+    "self-training, weight 0.25, 600 + 1400 steps": self_training(0.25) | LONG,
 }
