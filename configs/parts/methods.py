@@ -1,4 +1,4 @@
-"""The rows of the sweeps that compare methods: each is the short schedule of its set, and no more.
+"""The rows of the sweeps that compare methods: each is the short config of its set, and no more.
 
 Same network, optimiser, steps, batches and augmentation in all. The first row is compared with.
 """

@@ -9,5 +9,6 @@ from pathlib import Path
 rows = runpy.run_path(str(Path(__file__).parents[1] / "parts" / "methods.py"))
 
 CONFIG = "../hippocampus.py"
-PAIRS, ROWS = rows["PAIRS"], rows["ROWS"]
+ALL_LABELS = rows["ROWS"]["all labels"] | {"rounds.baseline_steps": 2000}
+PAIRS, ROWS = rows["PAIRS"], rows["ROWS"] | {"all labels": ALL_LABELS}
 BASE = {"data.num_labeled": "1"}

@@ -34,8 +34,9 @@ BASE = {
     "data.splits": lists["table"](IDS, SPLITS),
     "data.pool": tuple(p for p in hippocampus["POOL"] if p not in TEST),
     "data.test_patients": TEST,
+    "rounds.baseline_steps": 400,  # the short schedule
+    "rounds.steps_per_round": 600,
 }
-
 LONG = {"rounds.baseline_steps": 600, "rounds.steps_per_round": 1400}
 
 ROWS = {
