@@ -73,7 +73,7 @@ def test_dice(config: ConfigDict, workdir: Path, volume_id: str, prepared, roles
             "test": tuple(dict.fromkeys(patient[v] for v in roles["test"])),
         }
     )
-    config.rounds.num_rounds = 0
+    config.rounds.update({"num_rounds": 0, "baseline_from": ""})
     results = train.train_and_evaluate(config, workdir / volume_id)
     return results["results"]["baseline"]["test_last"]["mean_dice"]
 
