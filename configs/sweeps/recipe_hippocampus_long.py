@@ -1,0 +1,14 @@
+"""As recipe_hippocampus.py, with twice the steps: 600 + 1400, as hippocampus.py has them.
+
+  python -m lclseg.sweep --sweep=configs/sweeps/recipe_hippocampus_long.py \\
+    --manual_dir=Task04_Hippocampus
+"""
+
+import runpy
+from pathlib import Path
+
+short = runpy.run_path(str(Path(__file__).parent / "recipe_hippocampus.py"))
+
+CONFIG, PAIRS = short["CONFIG"], short["PAIRS"]
+BASE = short["BASE"] | {"rounds.baseline_steps": 600, "rounds.steps_per_round": 1400}
+ROWS = {name: short["ROWS"][name] for name in ("supervised", "self-training, weight 0.25")}
