@@ -6,7 +6,8 @@ and the mean difference of the two, by the number of draws.
 
 With --label N it trains on, too: from the run's weights, supervised, once with a mask of the
 suggested volume more and N times with one of a random volume more, and prints the test Dice of
-each. FOLDER takes these runs; started again, finished ones are read.
+each. FOLDER takes these runs; started again, finished ones are read. The suggestion is made with
+the first of --draws.
 """
 
 import argparse
@@ -25,11 +26,9 @@ from lclseg.page.recorded import find_prepared
 from lclseg.run import devices, progress
 from lclseg.run.workdir import read_json
 
-DRAWS = (1, 2, 4, 8)
-
 
 def look_at(
-    network: evaluation.Predict, prepared: PreparedSet, volume_id: str
+    network: evaluation.Predict, prepared: PreparedSet, volume_id: str, draws: Sequence[int]
 ) -> tuple[float, dict[int, suggest.Looked]]:
     """True Dice of a volume, and what `suggest.look` gives, by the number of draws."""
     native = prepared.read_native(volume_id)
@@ -41,14 +40,14 @@ def look_at(
         class_names=prepared.class_names,
         with_distances=False,
     )
-    looked = {n: suggest.look(network, prepared, volume_id, draws=n) for n in DRAWS}
+    looked = {n: suggest.look(network, prepared, volume_id, draws=n) for n in draws}
     return record["mean_dice"], looked
 
 
 def correlations(true: np.ndarray, found: Sequence[dict[int, suggest.Looked]]) -> list[list[str]]:
     """A row for each number of draws: Spearman, Pearson, mean difference, mean absolute one."""
     rows = []
-    for n in DRAWS:
+    for n in found[0]:
         expected = np.array([looked[n].expected_dice for looked in found])
         rows.append(
             [
@@ -82,6 +81,9 @@ def main() -> None:
     parser = argparse.ArgumentParser("benchmarks.suggest", description=__doc__)
     parser.add_argument("--workdir", action="append", type=Path, required=True)
     parser.add_argument("--stage", help="see lclseg.predict")
+    parser.add_argument(
+        "--draws", type=int, nargs="+", default=[suggest.DRAWS], help="pairs of predictions"
+    )
     parser.add_argument("--label", type=int, default=0, help="random volumes to compare with")
     parser.add_argument("--output", type=Path, help="folder for the runs of --label")
     options = parser.parse_args()
@@ -96,7 +98,9 @@ def main() -> None:
         network = predict.mean_predictor([model_files.load_run(workdir, options.stage)])
         ids = [v for v in roles["unlabeled"] if prepared.volumes[v].has_label]
         seen = progress.each(ids, "looking at the pool", len(ids), say=progress.to_stderr)
-        true, found = zip(*(look_at(network, prepared, v) for v in seen), strict=True)
+        true, found = zip(
+            *(look_at(network, prepared, v, options.draws) for v in seen), strict=True
+        )
         print(
             f"{workdir}: {len(ids)} volumes, true Dice {np.mean(true):.3f}, sd {np.std(true):.3f}"
         )
@@ -104,7 +108,7 @@ def main() -> None:
         print(tables.aligned([head, *correlations(np.array(true), found)]))
         if not options.label:
             continue
-        pool = {v: looked[suggest.DRAWS] for v, looked in zip(ids, found, strict=True)}
+        pool = {v: looked[options.draws[0]] for v, looked in zip(ids, found, strict=True)}
         labelled = [suggest.look(network, prepared, v, draws=0) for v in roles["labeled"]]
         first = suggest.rank(pool, labelled, 1, {})[0].volume_id
         rng = np.random.default_rng(0)

@@ -272,7 +272,7 @@ def serve_torch(folder: Path, size: int, threads: int) -> None:
 TOLERANCES = {
     "segmentation_loss": 1e-4,
     "contrastive_loss": 1e-4,
-    # Rounding: at 192 px PyTorch's own float32 is 0.009 off, lclseg 0.008 on one device, 0.013 on two.
+    # Rounding: at 192 px PyTorch's own float32 is 0.009 off, lclseg 0.008 (two devices: 0.013).
     "gradient": 0.02,
     "warped images": 1e-3,
     "warped labels": 1e-3,  # share of pixels; sampling points may lie midway between two
