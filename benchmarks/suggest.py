@@ -18,17 +18,23 @@ import numpy as np
 from ml_collections import ConfigDict
 from scipy import stats
 
-from lclseg import evaluation, metrics, model_files, predict, suggest, train
+from lclseg import evaluation, metrics, model_files, predict, quality_gate, suggest, train
 from lclseg.cores import usable_cores
 from lclseg.data.dataset import PreparedSet
 from lclseg.page import tables
 from lclseg.page.recorded import find_prepared
 from lclseg.run import devices, progress
+from lclseg.run.stored_config import as_now
 from lclseg.run.workdir import read_json
 
 
 def look_at(
-    network: evaluation.Predict, prepared: PreparedSet, volume_id: str, draws: Sequence[int]
+    network: evaluation.Predict,
+    prepared: PreparedSet,
+    volume_id: str,
+    *,
+    draws: Sequence[int],
+    flips: bool,
 ) -> tuple[float, dict[int, suggest.Looked]]:
     """True Dice of a volume, and what `suggest.look` gives, by the number of draws."""
     native = prepared.read_native(volume_id)
@@ -40,7 +46,7 @@ def look_at(
         class_names=prepared.class_names,
         with_distances=False,
     )
-    looked = {n: suggest.look(network, prepared, volume_id, draws=n) for n in draws}
+    looked = {n: suggest.look(network, prepared, volume_id, draws=n, flips=flips) for n in draws}
     return record["mean_dice"], looked
 
 
@@ -65,13 +71,13 @@ def test_dice(config: ConfigDict, workdir: Path, volume_id: str, prepared, roles
     """Test Dice of supervised training from the run's weights with one mask more."""
     config = config.copy_and_resolve_references()
     patient = {v: prepared.volumes[v].patient_id for v in prepared.volumes}
-    config.data.update(
-        {
-            "labeled": tuple(dict.fromkeys(patient[v] for v in [*roles["labeled"], volume_id])),
-            "validation": tuple(dict.fromkeys(patient[v] for v in roles["validation"])),
-            "test": tuple(dict.fromkeys(patient[v] for v in roles["test"])),
-        }
-    )
+    labeled = [*roles["labeled"], volume_id]
+    unlabeled = [v for v in roles["unlabeled"] if patient[v] not in {patient[x] for x in labeled}]
+    lists = {**roles, "labeled": labeled, "unlabeled": unlabeled}
+    lists = {role: tuple(dict.fromkeys(patient[v] for v in ids)) for role, ids in lists.items()}
+    config.data.update(lists)
+    # A stored config has the lists only.
+    config.data.update({"splits": {}, "pool": lists["unlabeled"], "test_patients": lists["test"]})
     config.rounds.update({"num_rounds": 0, "baseline_from": ""})
     results = train.train_and_evaluate(config, workdir / volume_id)
     return results["results"]["baseline"]["test_last"]["mean_dice"]
@@ -91,16 +97,16 @@ def main() -> None:
         parser.error("--label needs --output")
     devices.set_up_jax(usable_cores())
     for workdir in (w.expanduser().absolute() for w in options.workdir):
-        config, roles = read_json(workdir / "config.json"), read_json(workdir / "splits.json")
+        config = as_now(read_json(workdir / "config.json"))
+        roles = read_json(workdir / "splits.json")
         prepared, why = find_prepared(config)
         if prepared is None:
             parser.error(why)
         network = predict.mean_predictor([model_files.load_run(workdir, options.stage)])
         ids = [v for v in roles["unlabeled"] if prepared.volumes[v].has_label]
         seen = progress.each(ids, "looking at the pool", len(ids), say=progress.to_stderr)
-        true, found = zip(
-            *(look_at(network, prepared, v, options.draws) for v in seen), strict=True
-        )
+        how = {"draws": options.draws, "flips": quality_gate.has_seen_flips(config["augment"])}
+        true, found = zip(*(look_at(network, prepared, v, **how) for v in seen), strict=True)
         print(
             f"{workdir}: {len(ids)} volumes, true Dice {np.mean(true):.3f}, sd {np.std(true):.3f}"
         )
@@ -109,7 +115,9 @@ def main() -> None:
         if not options.label:
             continue
         pool = {v: looked[options.draws[0]] for v, looked in zip(ids, found, strict=True)}
-        labelled = [suggest.look(network, prepared, v, draws=0) for v in roles["labeled"]]
+        labelled = [
+            suggest.look(network, prepared, v, draws=0, flips=False) for v in roles["labeled"]
+        ]
         first = suggest.rank(pool, labelled, 1, {})[0].volume_id
         rng = np.random.default_rng(0)
         others = rng.permutation([v for v in ids if v != first])[: options.label]

@@ -30,6 +30,7 @@ def expected_dice(
     image: np.ndarray,
     *,
     draws: int,
+    flips: bool,
 ) -> float:
     """Estimates how good a volume's prediction is, without its truth.
 
@@ -41,11 +42,13 @@ def expected_dice(
       predict: slices [S, H, W] -> class probabilities [S, H, W, C].
       image: [S, H, W].
       draws: pairs of augmented predictions, above 0.
+      flips: whether they may be of flipped slices; see `quality_gate.has_seen_flips`.
 
     Returns:
       In 0..1.
     """
-    return float(np.mean([quality_gate.agreement(rng, predict, image) for _ in range(draws)]))
+    values = [quality_gate.agreement(rng, predict, image, flips=flips) for _ in range(draws)]
+    return float(np.mean(values))
 
 
 def describe(image: np.ndarray, probs: np.ndarray) -> np.ndarray:

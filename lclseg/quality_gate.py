@@ -1,10 +1,13 @@
 """The quality gate of pseudo-labels: does a prediction survive a change of view?
 
-METHOD of arXiv:2112.09645: two augmented copies of a volume are predicted, each prediction is moved
-back, and the volume's pseudo-label is trusted if both agree. NumPy and SciPy only.
+As in arXiv:2112.09645: two augmented copies of a volume are predicted, each prediction is moved
+back, and the volume's pseudo-label is trusted if both agree. Copies are changed only in ways that
+training has shown the network: one that has never seen a flipped slice fails on it, and how badly
+it fails says nothing on the volume. NumPy and SciPy only.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 from scipy import ndimage
@@ -37,14 +40,23 @@ def flip(rng: np.random.Generator) -> np.ndarray:
     return np.diag([1.0, -1.0])
 
 
-def draw_matrices(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def has_seen_flips(augment: Mapping[str, Any]) -> bool:
+    """Tells whether training with these options (`config.augment`) flips slices."""
+    return augment["strength"] == "paper" or augment["any_orientation"]
+
+
+def draw_matrices(rng: np.random.Generator, *, flips: bool) -> tuple[np.ndarray, np.ndarray]:
     """Two maps [2, 2] of different kinds, each pair of kinds equally likely, in either order.
 
     Of one kind the two may be nearly or, as flips, exactly the same map: then whatever the network
     says agrees with itself, and the gate passes it unseen.
+
+    Args:
+      rng: draws kinds and maps.
+      flips: whether a flip is one of the kinds, as in the paper, beside rotation and scaling.
     """
-    first, second = rng.permutation(3)[:2]
-    kinds = (rotation, scaling, flip)
+    kinds = (rotation, scaling, flip) if flips else (rotation, scaling)
+    first, second = rng.permutation(len(kinds))[:2]
     return kinds[first](rng), kinds[second](rng)
 
 
@@ -63,7 +75,11 @@ def move_slices(slices: np.ndarray, matrix: np.ndarray) -> np.ndarray:
 
 
 def agreement(
-    rng: np.random.Generator, predict: Callable[[np.ndarray], np.ndarray], image: np.ndarray
+    rng: np.random.Generator,
+    predict: Callable[[np.ndarray], np.ndarray],
+    image: np.ndarray,
+    *,
+    flips: bool,
 ) -> float:
     """Mean foreground Dice of the predictions of two augmented copies of a volume.
 
@@ -71,13 +87,14 @@ def agreement(
       rng: draws the two augmentations, see `draw_matrices`.
       predict: slices [S, H, W] -> class probabilities [S, H, W, C].
       image: [S, H, W] or [S, H, W, K].
+      flips: see `draw_matrices` and `has_seen_flips`.
 
     Returns:
       In 0..1. A class that neither prediction shows does not count; where that is all of them
       there is nothing to trust, and the agreement is 0.
     """
     labels = []
-    for matrix in draw_matrices(rng):
+    for matrix in draw_matrices(rng, flips=flips):
         probs = predict(move_slices(image, matrix))
         back = [move_slices(probs[..., k], np.linalg.inv(matrix)) for k in range(probs.shape[-1])]
         # What left the slice is zero in every class: argmax makes it background.

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from lclseg import evaluation, model_files, next_volume, predict
+from lclseg import evaluation, model_files, next_volume, predict, quality_gate
 from lclseg.components import largest_component
 from lclseg.cores import usable_cores
 from lclseg.data import nifti, own_data
@@ -27,6 +27,7 @@ from lclseg.model_files import TrainedModel
 from lclseg.page import tables
 from lclseg.page.recorded import RunError, find_prepared
 from lclseg.run import devices, progress
+from lclseg.run.stored_config import as_now
 from lclseg.run.workdir import read_json, write_json, write_text
 
 DRAWS = 4  # pairs of augmented predictions of a volume
@@ -71,16 +72,21 @@ def look(
     volume_id: str,
     *,
     draws: int,
+    flips: bool,
     seed: int = 0,
 ) -> Looked:
-    """Predicts a volume, plain and, with `draws` above 0, augmented; see `Looked`."""
+    """Predicts a volume, plain and, with `draws` above 0, augmented; see `Looked`.
+
+    `flips`: see `quality_gate.has_seen_flips`.
+    """
     entry = prepared.volumes[volume_id]
     image, _ = prepared.read_slices(entry.slices)
     features = next_volume.describe(image, network(image))
     if not draws:
         return Looked(None, features)
     rng = np.random.default_rng((seed, entry.first_slice))
-    return Looked(next_volume.expected_dice(rng, network, image, draws=draws), features)
+    expected = next_volume.expected_dice(rng, network, image, draws=draws, flips=flips)
+    return Looked(expected, features)
 
 
 def rank(
@@ -194,10 +200,11 @@ def suggest(
     if prepared is None:
         raise RunError(f"{why}; wanted it here: copy it, or train where it is")
     network = predict.mean_predictor([model])
+    flips = quality_gate.has_seen_flips(as_now(config)["augment"])
 
     def looked_at(ids: Sequence[str], what: str, draws: int) -> dict[str, Looked]:
         seen = progress.each(ids, what, len(ids), leave=False, say=progress.to_stderr)
-        return {v: look(network, prepared, v, draws=draws) for v in seen}
+        return {v: look(network, prepared, v, draws=draws, flips=flips) for v in seen}
 
     labelled = looked_at(roles["labeled"], "looking at labelled volumes", 0)
     pool = looked_at(roles["unlabeled"], "looking at the pool", draws)

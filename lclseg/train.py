@@ -126,6 +126,7 @@ def pseudo_label_pool(
                 np.random.default_rng((run.config.seed, round_number, entry.first_slice)),
                 predict,
                 run.prepared.read_slices(entry.slices)[0],
+                flips=quality_gate.has_seen_flips(run.config.augment),
             )
             for volume_id in progress.each(
                 run.split.unlabeled, "quality gate", len(run.split.unlabeled), leave=False

@@ -8,8 +8,8 @@ from lclseg import next_volume, quality_gate
 
 def test_expected_dice_is_the_mean_agreement_of_its_draws(monkeypatch):
     values = iter([0.5, 0.75, 1.0])
-    monkeypatch.setattr(quality_gate, "agreement", lambda rng, predict, image: next(values))
-    found = next_volume.expected_dice(np.random.default_rng(0), None, None, draws=3)
+    monkeypatch.setattr(quality_gate, "agreement", lambda *_, flips: next(values) - flips)
+    found = next_volume.expected_dice(np.random.default_rng(0), None, None, draws=3, flips=False)
     assert found == pytest.approx(0.75)
 
 
@@ -27,7 +27,7 @@ def test_a_network_that_depends_on_the_position_is_expected_to_do_worse():
         return np.stack([1 - label, label], axis=-1)
 
     good, poor = (
-        next_volume.expected_dice(np.random.default_rng(0), predict, image, draws=6)
+        next_volume.expected_dice(np.random.default_rng(0), predict, image, draws=6, flips=True)
         for predict in (bright, upper)
     )
     assert good > 0.9 > poor

@@ -30,7 +30,7 @@ def test_a_prediction_that_moves_with_the_image_agrees(seed):
     image[:, 20:44, 24:38] = 0.04
     image[:, 26:36, 28:34] = 0.2
     image = ndimage.gaussian_filter(image, (0, 1, 1))
-    value = quality_gate.agreement(np.random.default_rng(seed), threshold, image)
+    value = quality_gate.agreement(np.random.default_rng(seed), threshold, image, flips=True)
     assert value > 0.9
 
 
@@ -44,7 +44,10 @@ def test_a_prediction_that_stays_in_place_does_not_agree():
         return as_probs(label)
 
     image = smooth_image((1, 64, 64))
-    values = [quality_gate.agreement(np.random.default_rng(s), corner, image) for s in range(400)]
+    values = [
+        quality_gate.agreement(np.random.default_rng(s), corner, image, flips=True)
+        for s in range(400)
+    ]
     # Every draw: one that passes by chance passes a volume unseen.
     assert max(values) < 0.9
     assert np.mean(values) < 0.3
@@ -52,7 +55,10 @@ def test_a_prediction_that_stays_in_place_does_not_agree():
 
 def test_nothing_predicted_is_no_agreement():
     nothing = quality_gate.agreement(
-        np.random.default_rng(0), lambda x: as_probs(np.zeros(x.shape, int)), smooth_image()
+        np.random.default_rng(0),
+        lambda x: as_probs(np.zeros(x.shape, int)),
+        smooth_image(),
+        flips=True,
     )
     assert nothing == 0
 
@@ -68,7 +74,7 @@ def test_a_flip_is_undone_to_the_bit():
 @pytest.mark.parametrize("seed", range(8))
 def test_the_way_back_is_the_exact_inverse(seed):
     """A point comes back to where it was: to far less than a pixel, all over the middle."""
-    matrices = quality_gate.draw_matrices(np.random.default_rng(seed))
+    matrices = quality_gate.draw_matrices(np.random.default_rng(seed), flips=True)
     # Linear interpolation is exact on coordinates.
     rows, columns = np.meshgrid(np.arange(65.0), np.arange(65.0), indexing="ij")
     for coordinate, matrix in itertools.product((rows, columns), matrices):
@@ -80,7 +86,7 @@ def test_the_way_back_is_the_exact_inverse(seed):
 def test_slices_do_not_mix():
     image = np.zeros((3, 16, 16), np.float32)
     image[1] = 1
-    for matrix in quality_gate.draw_matrices(np.random.default_rng(0)):
+    for matrix in quality_gate.draw_matrices(np.random.default_rng(0), flips=True):
         moved = quality_gate.move_slices(image, matrix)
         assert not moved[[0, 2]].any() and moved[1, 8, 8] == pytest.approx(1)
 
@@ -92,7 +98,7 @@ def kind(matrix):
 
 
 def test_the_two_maps_are_of_different_kinds_within_their_bounds():
-    pairs = [quality_gate.draw_matrices(np.random.default_rng(s)) for s in range(600)]
+    pairs = [quality_gate.draw_matrices(np.random.default_rng(s), flips=True) for s in range(600)]
     kinds = collections.Counter(tuple(map(kind, pair)) for pair in pairs)
     # 600 draws of six ordered pairs: 100 each, standard deviation 9.
     assert set(kinds) == set(itertools.permutations(("flip", "rotation", "scaling"), 2))
@@ -105,3 +111,32 @@ def test_the_two_maps_are_of_different_kinds_within_their_bounds():
         assert np.ptp(np.abs(draws)) > 0.9 * (high - low)
         assert 0.4 < np.mean(draws > 0) < 0.6
     assert all((m == np.diag([1, -1])).all() for m in matrices if kind(m) == "flip")
+
+
+def test_without_flips_one_copy_is_turned_and_one_scaled():
+    pairs = [quality_gate.draw_matrices(np.random.default_rng(s), flips=False) for s in range(200)]
+    kinds = collections.Counter(tuple(map(kind, pair)) for pair in pairs)
+    assert set(kinds) == set(itertools.permutations(("rotation", "scaling"), 2))
+    assert all(70 < count < 130 for count in kinds.values())  # 100 each, standard deviation 7
+
+
+@pytest.mark.parametrize("flips", [False, True])
+def test_a_network_that_has_never_seen_a_flip(flips):
+    """It knows left from right: of a flipped slice it finds nothing where it looks."""
+    image = np.zeros((2, 64, 64), np.float32)
+    image[:, 24:40, 8:26] = 1
+
+    def left(images):
+        found = images > 0.5
+        found[:, :, 32:] = False
+        return np.stack([~found, found], axis=-1).astype(np.float32)
+
+    rngs = [np.random.default_rng(s) for s in range(12)]
+    values = [quality_gate.agreement(rng, left, image, flips=flips) for rng in rngs]
+    assert (min(values) > 0.8) != flips  # a perfect prediction, and only flips tell otherwise
+
+
+def test_who_has_seen_flips():
+    assert quality_gate.has_seen_flips({"strength": "paper", "any_orientation": False})
+    assert quality_gate.has_seen_flips({"strength": "strong", "any_orientation": True})
+    assert not quality_gate.has_seen_flips({"strength": "strong", "any_orientation": False})

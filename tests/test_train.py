@@ -544,7 +544,8 @@ def test_gate_in_a_run(data_dir, tmp_path, monkeypatch):
     config.pseudo_labels.min_agreement = 0.9
     seen = []
 
-    def agreement(rng, predict, image):
+    def agreement(rng, predict, image, *, flips):
+        assert flips  # the paper's augmentation has shown them to the network
         assert predict(image).shape == (*image.shape, 4)
         seen.append(rng.random())
         return agreements[len(seen) - 1]

@@ -138,9 +138,10 @@ def _all(suggestions: "Sequence[Suggestion]") -> Iterator[str]:
     marked = [n for n, s in enumerate(suggestions) if s.rank is not None]
     yield table(["volume", "rank", "expected Dice", "unlike labelled", "gain"], rows, marked)
     yield (
-        "<p>Expected Dice: the mean Dice of pairs of predictions of turned, scaled or mirrored "
-        "copies of the volume. It ranks volumes; it is too high where the network errs the same "
-        "way twice. Unlike labelled: distance to the nearest labelled volume by size and "
-        "brightness of its classes, in spreads of these. Gain: what all volumes miss less with a "
-        "mask of this one, where a volume misses (1 - expected Dice) times that distance.</p>"
+        "<p>Expected Dice: the mean Dice of pairs of predictions of changed copies of the volume: "
+        "turned, scaled and, where training has flipped slices, flipped. It ranks volumes; it is "
+        "too high where the network errs the same way twice. Unlike labelled: distance to the "
+        "nearest labelled volume by size and brightness of its classes, in spreads of these. "
+        "Gain: what all volumes miss less with a mask of this one, where a volume misses "
+        "(1 - expected Dice) times that distance.</p>"
     )
