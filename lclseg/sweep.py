@@ -411,7 +411,8 @@ def run_side_by_side(
     logs = {job.name: job.log for job in jobs}
 
     def ended(name: str, status: int) -> None:
-        logger.info("%s: %s", name, "done" if status == 0 else f"failed, see {logs[name]}")
+        how = "stopped" if stop_asked() else "failed"
+        logger.info("%s: %s", name, "done" if status == 0 else f"{how}, see {logs[name]}")
         if status == 0 and name != PREPARE:
             write_table(sweep, folder)
 

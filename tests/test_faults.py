@@ -169,16 +169,20 @@ def test_a_sweep_asked_to_stop_goes_on(program, tmp_path):
     command = [sys.executable, "-m", "lclseg.sweep", *options]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "cwd": ROOT}
     process = subprocess.Popen(command, **pipes)
-    newest = tmp_path / "workdir" / "plain" / "c1_seed0" / "checkpoints" / "baseline" / "10"
+    workdir = tmp_path / "workdir" / "plain" / "c1_seed0"
+    newest = workdir / "checkpoints" / "baseline" / "10"
     while not newest.exists():
         assert process.poll() is None, process.stdout.read()
         time.sleep(0.005)
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
+    log = workdir.with_suffix(".log")
     assert process.returncode == 0, output
-    assert "stopped in baseline after step" in output and "same command" in output
+    assert "plain/c1_seed0: stopped, see" in output and "same command" in output
+    assert "failed" not in output
+    assert "stopped in baseline after step" in log.read_text()
     assert not list((tmp_path / "results").rglob("*.json"))
     ended = subprocess.run(command, **pipes, timeout=120)
     assert ended.returncode == 0, ended.stdout
     assert (tmp_path / "results" / "plain" / "c1_seed0.json").exists()
-    assert "going on from step" in ended.stdout
+    assert "going on from step" in log.read_text()
