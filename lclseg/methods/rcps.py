@@ -63,12 +63,13 @@ class EmbeddingHead(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool) -> Array:
-        x = nn.Dense(self.features, dtype=self.dtype)(x)
+        # Few pixels, so float32: in bfloat16 the gradients of biases and slope would be sums in it.
+        dtype = jnp.promote_types(self.dtype, jnp.float32)
+        x = nn.Dense(self.features, dtype=dtype)(x)
         # The slope starts at PReLU's 0.25; a parameter "scale" starts at 1.
         slope = 0.25 * self.param("scale", nn.initializers.ones, (1,))
-        x = jnp.where(x >= 0, x, slope.astype(x.dtype).reshape(1, 1, 1, 1) * x)
-        x = nn.Dense(self.features, dtype=self.dtype)(x)
-        return x.astype(jnp.promote_types(self.dtype, jnp.float32))
+        x = jnp.where(x >= 0, x, slope.reshape(1, 1, 1, 1) * x)
+        return nn.Dense(self.features, dtype=dtype)(x)
 
 
 def rectified_loss(clean: Array, view: Array, *, sharpening: float) -> Array:

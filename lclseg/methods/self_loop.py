@@ -96,9 +96,10 @@ class PermutationHead(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool) -> Array:
-        x = jnp.mean(x.astype(jnp.promote_types(x.dtype, jnp.float32)), axis=(1, 2))
-        logits = nn.Dense(self.num_permutations, dtype=self.dtype)(x)
-        return logits.astype(jnp.promote_types(self.dtype, jnp.float32))
+        # One vector a slice, so float32: in bfloat16 the bias' gradient would be a sum in it.
+        dtype = jnp.promote_types(self.dtype, jnp.float32)
+        x = jnp.mean(x.astype(dtype), axis=(1, 2))
+        return nn.Dense(self.num_permutations, dtype=dtype)(x)
 
 
 def index_loss(logits: Array, index: Array) -> Array:
