@@ -163,7 +163,9 @@ def test_two_processes_train_as_one(program, together, tmp_path):
     assert [(x["stage"], x["step"]) for x in ours] == [(x["stage"], x["step"]) for x in theirs]
     for own, other in zip(ours, theirs, strict=True):
         for name in own.keys() - {"stage", "step"}:
-            np.testing.assert_allclose(own[name], other[name], rtol=1e-4)
+            # Rounding turns pixels that are nearly ties: a step in Dice, none in losses.
+            bounds = {"rtol": 0, "atol": 1e-3} if name == "validation_dice" else {"rtol": 1e-5}
+            np.testing.assert_allclose(own[name], other[name], **bounds)
     for stage in STAGES:
         for a, b in zip(
             newest_state(first, stage), newest_state(tmp_path / "run", stage), strict=True
