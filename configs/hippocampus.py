@@ -79,6 +79,6 @@ def get_config(method: str = "self_training") -> ConfigDict:
     data.pool = POOL
     data.splits = table(IDS, SPLITS) | {"all": all_but(IDS, POOL, ALL)}
     short["shorten"](config)
-    # Twice the short schedule's: self-training still gains; sweeps/recipe_hippocampus.py.
+    # Twice the short schedule's: self-training still gains; sweeps/recipe_hippocampus_long.py.
     config.rounds.baseline_steps, config.rounds.steps_per_round = 600, 1400
     return config
