@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from lclseg import model_files, predict, suggest, train
+from lclseg import model_files, predict, quality_gate, suggest, train
 from lclseg.data import own_data
 from lclseg.data.splits import SplitError
 from lclseg.errors import ConfigError
@@ -80,6 +80,25 @@ def test_the_pool_is_ranked(loop, suggested):
     assert [s.rank for s in found] == [1, 2, None]
     assert all(0 <= s.expected_dice <= 1 and s.distance > 0 for s in found)
     assert 0 < found[0].gain <= 1 and found[2].gain is None
+
+
+def test_copies_are_flipped_where_training_flips(loop, tmp_path, monkeypatch):
+    """By the config that lies in the workdir."""
+    workdir = tmp_path / "run"
+    shutil.copytree(loop[2], workdir)
+    config = json.loads((workdir / "config.json").read_text())
+    seen = []
+
+    def agreement(rng, predict, image, *, flips):
+        seen.append(flips)
+        return 0.5
+
+    monkeypatch.setattr(quality_gate, "agreement", agreement)
+    for strength in ("strong", "paper"):
+        config["augment"]["strength"] = strength
+        (workdir / "config.json").write_text(json.dumps(config))
+        suggest.suggest(workdir, tmp_path / strength, count=1, draws=1)
+    assert seen == [False] * 3 + [True] * 3  # three volumes in the pool
 
 
 def test_others_follow_from_low_to_high():
