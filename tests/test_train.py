@@ -6,6 +6,7 @@ import json
 import math
 import runpy
 import struct
+import types
 from pathlib import Path
 from unittest import mock
 
@@ -567,6 +568,28 @@ def test_gate_in_a_run(data_dir, tmp_path, monkeypatch):
     after = read_json(tmp_path / "run" / "pseudo_labels" / "round_2" / "report.json")
     assert after["volume_ids"] == labels["volume_ids"]
     assert "above 0.9" in after["kept_previous"]
+
+
+@pytest.mark.parametrize("strength", ["paper", "strong"])
+def test_the_gate_flips_copies_where_training_does(data_dir, tmp_path, monkeypatch, strength):
+    """Strong augmentation turns slices, but does not flip them."""
+    config = tiny_config(data_dir)
+    config.augment.strength = strength
+    config.pseudo_labels.min_agreement = 0.9
+
+    class SeenError(Exception):
+        pass
+
+    def agreement(rng, predict, image, *, flips):
+        raise SeenError(flips)
+
+    monkeypatch.setattr(train.quality_gate, "agreement", agreement)
+    run = start_run(config, tmp_path / "run")
+    with run.lock, pytest.raises(SeenError) as seen:
+        stage = types.SimpleNamespace(name="baseline")
+        best = types.SimpleNamespace(stage=stage, state=initial_state(run, "first"))
+        train.pseudo_label_pool(run, best, 1, None)
+    assert seen.value.args == (strength == "paper",)
 
 
 def test_predictions_pass_through_the_refinement(finished, data_dir, tmp_path):
