@@ -1,13 +1,8 @@
-"""python -m benchmarks.suggest --workdir RUN [--workdir RUN2 ...] [--label 3 --output FOLDER]
+"""python -m benchmarks.suggest --workdir RUN [--workdir RUN2 ...]
 
 Tells how well lclseg.suggest knows a pool whose truth is hidden (ACDC, hippocampus, phantom):
 Spearman's and Pearson's correlation of expected and true Dice over the run's unlabelled volumes,
 and the mean difference of the two, by the number of draws.
-
-With --label N it trains on, too: from the run's weights, supervised, once with a mask of the
-suggested volume more and N times with one of a random volume more, and prints the test Dice of
-each. FOLDER takes these runs; started again, finished ones are read. The suggestion is made with
-the first of --draws.
 """
 
 import argparse
@@ -15,10 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from ml_collections import ConfigDict
 from scipy import stats
 
-from lclseg import evaluation, metrics, model_files, predict, quality_gate, suggest, train
+from lclseg import evaluation, metrics, model_files, predict, quality_gate, suggest
 from lclseg.cores import usable_cores
 from lclseg.data.dataset import PreparedSet
 from lclseg.page import tables
@@ -35,8 +29,8 @@ def look_at(
     *,
     draws: Sequence[int],
     flips: bool,
-) -> tuple[float, dict[int, suggest.Looked]]:
-    """True Dice of a volume, and what `suggest.look` gives, by the number of draws."""
+) -> tuple[float, dict[int, float]]:
+    """True Dice of a volume, and its expected one, see `suggest.look`, by the number of draws."""
     native = prepared.read_native(volume_id)
     image, _ = prepared.read_slices(prepared.volumes[volume_id].slices)
     record = metrics.volume_metrics(
@@ -46,15 +40,15 @@ def look_at(
         class_names=prepared.class_names,
         with_distances=False,
     )
-    looked = {n: suggest.look(network, prepared, volume_id, draws=n, flips=flips) for n in draws}
-    return record["mean_dice"], looked
+    expected = {n: suggest.look(network, prepared, volume_id, draws=n, flips=flips) for n in draws}
+    return record["mean_dice"], expected
 
 
-def correlations(true: np.ndarray, found: Sequence[dict[int, suggest.Looked]]) -> list[list[str]]:
+def correlations(true: np.ndarray, found: Sequence[dict[int, float]]) -> list[list[str]]:
     """A row for each number of draws: Spearman, Pearson, mean difference, mean absolute one."""
     rows = []
     for n in found[0]:
-        expected = np.array([looked[n].expected_dice for looked in found])
+        expected = np.array([values[n] for values in found])
         rows.append(
             [
                 str(n),
@@ -67,22 +61,6 @@ def correlations(true: np.ndarray, found: Sequence[dict[int, suggest.Looked]]) -
     return rows
 
 
-def test_dice(config: ConfigDict, workdir: Path, volume_id: str, prepared, roles) -> float:
-    """Test Dice of supervised training from the run's weights with one mask more."""
-    config = config.copy_and_resolve_references()
-    patient = {v: prepared.volumes[v].patient_id for v in prepared.volumes}
-    labeled = [*roles["labeled"], volume_id]
-    unlabeled = [v for v in roles["unlabeled"] if patient[v] not in {patient[x] for x in labeled}]
-    lists = {**roles, "labeled": labeled, "unlabeled": unlabeled}
-    lists = {role: tuple(dict.fromkeys(patient[v] for v in ids)) for role, ids in lists.items()}
-    config.data.update(lists)
-    # A stored config has the lists only.
-    config.data.update({"splits": {}, "pool": lists["unlabeled"], "test_patients": lists["test"]})
-    config.rounds.update({"num_rounds": 0, "baseline_from": ""})
-    results = train.train_and_evaluate(config, workdir / volume_id)
-    return results["results"]["baseline"]["test_last"]["mean_dice"]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser("benchmarks.suggest", description=__doc__)
     parser.add_argument("--workdir", action="append", type=Path, required=True)
@@ -90,11 +68,7 @@ def main() -> None:
     parser.add_argument(
         "--draws", type=int, nargs="+", default=[suggest.DRAWS], help="pairs of predictions"
     )
-    parser.add_argument("--label", type=int, default=0, help="random volumes to compare with")
-    parser.add_argument("--output", type=Path, help="folder for the runs of --label")
     options = parser.parse_args()
-    if options.label and not options.output:
-        parser.error("--label needs --output")
     devices.set_up_jax(usable_cores())
     for workdir in (w.expanduser().absolute() for w in options.workdir):
         config = as_now(read_json(workdir / "config.json"))
@@ -112,22 +86,6 @@ def main() -> None:
         )
         head = ["draws", "Spearman", "Pearson", "too high by", "off by"]
         print(tables.aligned([head, *correlations(np.array(true), found)]))
-        if not options.label:
-            continue
-        pool = {v: looked[options.draws[0]] for v, looked in zip(ids, found, strict=True)}
-        labelled = [
-            suggest.look(network, prepared, v, draws=0, flips=False) for v in roles["labeled"]
-        ]
-        first = suggest.rank(pool, labelled, 1, {})[0].volume_id
-        rng = np.random.default_rng(0)
-        others = rng.permutation([v for v in ids if v != first])[: options.label]
-        start = ConfigDict(config)
-        start.rounds.start_from = str(workdir)
-        folder = options.output.expanduser().absolute() / workdir.name
-        dice = [test_dice(start, folder, v, prepared, roles) for v in [first, *map(str, others)]]
-        mean = np.mean(dice[1:])
-        print(f"one mask more: suggested {first} {dice[0]:.3f}; random, mean of ", end="")
-        print(f"{len(others)}: {mean:.3f}; suggested is better by {dice[0] - mean:+.3f}")
 
 
 if __name__ == "__main__":

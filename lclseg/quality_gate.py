@@ -101,3 +101,29 @@ def agreement(
         labels.append(np.argmax(back, axis=0))
     first, second = labels
     return metrics.mean_foreground_dice(first, second, probs.shape[-1]) or 0.0
+
+
+def expected_dice(
+    rng: np.random.Generator,
+    predict: Callable[[np.ndarray], np.ndarray],
+    image: np.ndarray,
+    *,
+    draws: int,
+    flips: bool,
+) -> float:
+    """Estimates how good a volume's prediction is, without its truth.
+
+    The mean of `draws` agreements, see `agreement`. It ranks volumes; as a number it is too high
+    where the network errs the same way twice.
+
+    Args:
+      rng: draws the augmentations.
+      predict: slices [S, H, W] -> class probabilities [S, H, W, C].
+      image: [S, H, W] or [S, H, W, K].
+      draws: pairs of augmented predictions, above 0.
+      flips: see `draw_matrices` and `has_seen_flips`.
+
+    Returns:
+      In 0..1.
+    """
+    return float(np.mean([agreement(rng, predict, image, flips=flips) for _ in range(draws)]))

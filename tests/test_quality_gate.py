@@ -140,3 +140,30 @@ def test_who_has_seen_flips():
     assert quality_gate.has_seen_flips({"strength": "paper", "any_orientation": False})
     assert quality_gate.has_seen_flips({"strength": "strong", "any_orientation": True})
     assert not quality_gate.has_seen_flips({"strength": "strong", "any_orientation": False})
+
+
+def test_expected_dice_is_the_mean_agreement_of_its_draws(monkeypatch):
+    values = iter([0.5, 0.75, 1.0])
+    monkeypatch.setattr(quality_gate, "agreement", lambda *_, flips: next(values) - flips)
+    found = quality_gate.expected_dice(np.random.default_rng(0), None, None, draws=3, flips=False)
+    assert found == pytest.approx(0.75)
+
+
+def test_a_network_that_depends_on_the_position_is_expected_to_do_worse():
+    """One finds what is bright, wherever it lies; the other the upper half of the slice."""
+    image = np.zeros((2, 32, 32), np.float32)
+    image[:, 8:20, 10:22] = 1.0
+
+    def bright(images):
+        return np.stack([images < 0.5, images >= 0.5], axis=-1).astype(np.float32)
+
+    def upper(images):
+        label = np.zeros(images.shape, np.float32)
+        label[:, :16] = 1.0
+        return np.stack([1 - label, label], axis=-1)
+
+    good, poor = (
+        quality_gate.expected_dice(np.random.default_rng(0), predict, image, draws=6, flips=True)
+        for predict in (bright, upper)
+    )
+    assert good > 0.9 > poor

@@ -1,9 +1,9 @@
-"""The page of suggestions: which volumes to label next, with what the network sees in them."""
+"""The page of suggestions: expected Dice of the unlabelled volumes, pictures of the poorest."""
 
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 import numpy as np
 
@@ -14,10 +14,23 @@ from lclseg.page import figures, pictures
 from lclseg.page.elements import document, figure, key, legend, note, section, table, text
 from lclseg.page.palette import PALETTE
 from lclseg.page.recorded import named
-from lclseg.page.tables import number
 
-if TYPE_CHECKING:  # at run time it imports this module
-    from lclseg.suggest import Suggestion
+
+class Suggestion(NamedTuple):
+    """A volume of the pool, as the tables tell of it.
+
+    Attributes:
+      rank: 1, 2, ..., the lowest expected Dice first.
+      volume_id: as in the run's files.
+      expected_dice: in 0..1, see `quality_gate.expected_dice`.
+      image, mask: paths, "" where there is none.
+    """
+
+    rank: int
+    volume_id: str
+    expected_dice: float
+    image: str
+    mask: str
 
 
 def page(
@@ -25,7 +38,7 @@ def page(
     about: dict,
     prepared: PreparedSet,
     network: Callable[[np.ndarray], np.ndarray],
-    suggestions: "Sequence[Suggestion]",
+    suggestions: Sequence[Suggestion],
     *,
     keep_largest: Sequence[int],
 ) -> str:
@@ -36,24 +49,24 @@ def page(
       about: "workdir", "stage" and "step" of the model that looked.
       prepared: the run's data set.
       network: slices [S, H, W] -> class probabilities [S, H, W, C].
-      suggestions: the pool, the suggested volumes first.
+      suggestions: the pool, the lowest expected Dice first; those with a mask are shown.
       keep_largest: classes of which the masks to start from keep the largest component alone.
     """
-    title = f"{config['data']['name']}: which volume to label next"
-    chosen = [s for s in suggestions if s.rank is not None]
+    title = f"{config['data']['name']}: the poorest predictions of the pool"
+    chosen = [s for s in suggestions if s.mask]
     body = [
         f"<header><h1>{text(title)}</h1><p>Run {text(about['workdir'])}, "
         f"{text(named(about['stage']))}, step {about['step']}; {len(suggestions)} unlabelled "
         "volumes.</p></header>",
-        section(2, "Suggested", *_suggested(chosen, prepared, network, keep_largest)),
+        section(2, "Look at these first", *_poorest(chosen, prepared, network, keep_largest)),
         section(2, "How to go on", *_how(config, about, chosen)),
         section(2, "All unlabelled volumes", *_all(suggestions)),
     ]
     return document(title, body)
 
 
-def _suggested(
-    chosen: "Sequence[Suggestion]",
+def _poorest(
+    chosen: Sequence[Suggestion],
     prepared: PreparedSet,
     network: Callable[[np.ndarray], np.ndarray],
     keep_largest: Sequence[int],
@@ -62,10 +75,7 @@ def _suggested(
     yield legend(keys, "<span>areas: what the network sees</span>")
     for s in chosen:
         yield f"<h3>{s.rank}. {text(s.volume_id)}</h3>"
-        yield (
-            f"<p>Expected Dice {s.expected_dice:.2f}. A mask of it makes up for {s.gain:.0%} of "
-            "what the labelled volumes miss.</p>"
-        )
+        yield f"<p>Expected Dice {s.expected_dice:.2f}.</p>"
         image, _ = prepared.read_slices(prepared.volumes[s.volume_id].slices)
         probs = network(image)
         label = largest_component(probs.argmax(axis=-1), keep_largest)
@@ -93,7 +103,7 @@ def _suggested(
         yield f'<div class="pictures">{"".join(views)}</div>'
 
 
-def _how(config: dict, about: dict, chosen: "Sequence[Suggestion]") -> Iterator[str]:
+def _how(config: dict, about: dict, chosen: Sequence[Suggestion]) -> Iterator[str]:
     data = config["data"]
     yield (
         "<p>Open an image with its mask, correct the mask, and save it under the name it has. In "
@@ -124,24 +134,13 @@ def _how(config: dict, about: dict, chosen: "Sequence[Suggestion]") -> Iterator[
     yield f"<pre>{text(command)}</pre>"
 
 
-def _all(suggestions: "Sequence[Suggestion]") -> Iterator[str]:
-    rows = [
-        [
-            s.volume_id,
-            str(s.rank or ""),
-            f"{s.expected_dice:.3f}",
-            f"{s.distance:.2f}",
-            number(s.gain, ".1%") if s.gain is not None else "",
-        ]
-        for s in suggestions
-    ]
-    marked = [n for n, s in enumerate(suggestions) if s.rank is not None]
-    yield table(["volume", "rank", "expected Dice", "unlike labelled", "gain"], rows, marked)
+def _all(suggestions: Sequence[Suggestion]) -> Iterator[str]:
+    rows = [[s.volume_id, str(s.rank), f"{s.expected_dice:.3f}"] for s in suggestions]
+    marked = [n for n, s in enumerate(suggestions) if s.mask]
+    yield table(["volume", "rank", "expected Dice"], rows, marked)
     yield (
         "<p>Expected Dice: the mean Dice of pairs of predictions of changed copies of the volume: "
-        "turned, scaled and, where training has flipped slices, flipped. It ranks volumes; it is "
-        "too high where the network errs the same way twice. Unlike labelled: distance to the "
-        "nearest labelled volume by size and brightness of its classes, in spreads of these. "
-        "Gain: what all volumes miss less with a mask of this one, where a volume misses "
-        "(1 - expected Dice) times that distance.</p>"
+        "turned, scaled and, where training has flipped slices, flipped. It ranks predictions, the "
+        "poorest first; as a number it is too high where the network errs the same way twice. It "
+        "does not tell which mask would teach most.</p>"
     )
