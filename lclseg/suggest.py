@@ -128,7 +128,7 @@ def suggest(
     config = read_json(workdir / "config.json") or {}
     roles = read_json(workdir / "splits.json") or {}
     if not roles.get("unlabeled"):
-        raise RunError(f"{workdir}: the run has no unlabelled volumes; there is none to suggest")
+        raise RunError(f"{workdir}: the run has no unlabelled volumes; there is none to look at")
     prepared, why = find_prepared(config)
     if prepared is None:
         raise RunError(f"{why}; wanted it here: copy it, or train where it is")
