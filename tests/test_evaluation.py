@@ -111,17 +111,18 @@ def test_a_perfect_network_scores_near_one(prepared, batch_size):
 
 
 def test_evaluation_is_of_the_native_label(prepared):
-    """By hand: the prediction covers the middle of the field of view with class 2."""
+    """By hand: the prediction covers a square about the middle with class 2."""
 
     def predict(images):
         labels = np.zeros(images.shape, int)
-        labels[:, 20:28, 20:28] = 2  # 8.8 mm square, within the disc of radius 8 mm
+        labels[:, 20:28, 20:28] = 2  # 8.8 mm square, in the disc of radius 8 mm
         return np.eye(3)[labels]
 
     summary = evaluation.evaluate(predict, prepared, ["second"], batch_size=4, with_distances=False)
-    x, y = ((np.arange(n) - (n - 1) / 2) * s for n, s in zip((71, 37), SPACING[:2], strict=True))
-    # Native pixels where the square weighs more than half: within 4.4 mm of the centre.
-    square = (np.abs(x) < 4.4)[:, None] & (np.abs(y) < 4.4)
+    x, y = ((np.arange(n) - n // 2) * s for n, s in zip((71, 37), SPACING[:2], strict=True))
+    # Native pixels where the square weighs more than half: those within its edges. Its middle is
+    # half a pixel of the grid before the middle pixel, which is where the volume's is.
+    square = (np.abs(x + 0.55) < 4.4)[:, None] & (np.abs(y + 0.55) < 4.4)
     disc = native_label(SHAPES["second"])[..., 0] == 2
     expected = 2 * (square & disc).sum() / (square.sum() + disc.sum())
     record = summary["per_volume"]["second"]

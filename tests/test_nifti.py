@@ -20,8 +20,14 @@ def noise(shape, seed=0):
 
 
 def positions_mm(size, spacing):
-    """Pixel centres along an axis, measured from the centre of the field of view."""
-    return (np.arange(size) - (size - 1) / 2) * spacing
+    """Pixel centres along an axis, measured from the middle pixel."""
+    return (np.arange(size) - size // 2) * spacing
+
+
+def within(mm, size, spacing):
+    """Whether positions, as `positions_mm` has them, lie in one of the pixels of an axis."""
+    ends = positions_mm(size, spacing)[[0, -1]] + np.array([-0.5, 0.5]) * spacing
+    return (mm > ends[0]) & (mm < ends[1])
 
 
 # native shape, native in-plane spacing, image_size, target spacing; no grid pixel lies half-way
@@ -30,7 +36,7 @@ GRIDS = {
     "finer": ((9, 13, 3), (1.7, 2.3), 24, 0.71),
     "coarser": ((40, 33, 2), (0.61, 0.83), 16, 1.37),
     "finer along x, coarser along y": ((15, 61, 2), (2.9, 0.57), 31, 1.19),
-    "crop x, pad y": ((50, 10, 2), (1.0, 1.3), 28, 1.1),
+    "crop x, pad y": ((50, 10, 2), (1.0, 1.3), 28, 1.13),
     "one row": ((1, 13, 2), (3.1, 1.3), 9, 1.07),
 }
 
@@ -39,8 +45,8 @@ GRIDS = {
 def test_image_to_grid_equals_map_coordinates(shape, spacing, size, target):
     image = noise(shape)
     grid_mm = np.stack(np.meshgrid(*[positions_mm(size, target)] * 2, indexing="ij"))
-    index = [grid_mm[a] / spacing[a] + (shape[a] - 1) / 2 for a in (0, 1)]
-    inside = np.all([np.abs(grid_mm[a]) <= shape[a] * spacing[a] / 2 for a in (0, 1)], axis=0)
+    index = [grid_mm[a] / spacing[a] + shape[a] // 2 for a in (0, 1)]
+    inside = np.all([within(grid_mm[a], shape[a], spacing[a]) for a in (0, 1)], axis=0)
     expected = [
         ndimage.map_coordinates(image[..., s], index, order=1, mode="nearest") * inside
         for s in range(shape[2])
@@ -58,7 +64,7 @@ def test_label_to_grid_takes_the_nearest_pixel(shape, spacing, size, target):
     native_x, native_y = (positions_mm(shape[a], spacing[a]) for a in (0, 1))
     for i, x in enumerate(positions_mm(size, target)):
         for j, y in enumerate(positions_mm(size, target)):
-            if abs(x) < shape[0] * spacing[0] / 2 and abs(y) < shape[1] * spacing[1] / 2:
+            if within(x, shape[0], spacing[0]) and within(y, shape[1], spacing[1]):
                 nearest = np.abs(native_x - x).argmin(), np.abs(native_y - y).argmin()
                 expected[:, i, j] = label[nearest]
     found = grid.label_to_grid(label, (*spacing, 5.0), image_size=size, target_spacing_mm=target)
@@ -93,35 +99,34 @@ def test_identity_where_spacing_and_size_match(spacing, size):
     np.testing.assert_array_equal(back, label)
 
 
-@pytest.mark.parametrize(("native", "size"), [(10, 6), (11, 7), (6, 10), (7, 11)])
-def test_crop_and_pad_about_the_centre(native, size):
-    """Sizes of one parity: as many pixels go or come on one side as on the other."""
-    image = 1 + np.arange(native, dtype=np.float32)[:, None, None] * np.ones((1, native, 1))
-    cut = (native - size) // 2
-    line = image[:, 0, 0]
-    expected = line[cut : cut + size] if cut > 0 else np.pad(line, -cut)
-    for spacing in (1.0, 1.36719):
-        kwargs = {"image_size": size, "target_spacing_mm": spacing}
-        on_grid = grid.image_to_grid(image, (spacing, spacing, 1), **kwargs)[0]
-        np.testing.assert_allclose(on_grid[:, size // 2], expected, rtol=1e-5)
-        np.testing.assert_array_equal(on_grid[size // 2] > 0, expected > 0)  # columns as rows
-        label = grid.label_to_grid(image.astype(np.uint8), (spacing, spacing, 1), **kwargs)[0]
-        np.testing.assert_array_equal(label[:, size // 2], expected)
-
-
-@pytest.mark.parametrize("spacing", [0.625, 1.36719])
-@pytest.mark.parametrize(("native", "size"), [(217, 192), (216, 191)])
-def test_crop_to_a_size_of_other_parity(spacing, native, size):
-    """The grid lies half a pixel off: means of neighbours; labels all move to one same side."""
-    line = np.arange(native, dtype=np.int32)
-    ramp = line[:, None, None] * np.ones((1, 8, 1), np.int32)
+@pytest.mark.parametrize("spacing", [1.0, 0.625, 1.36719])
+@pytest.mark.parametrize("native", [10, 11, 216, 217])
+@pytest.mark.parametrize("size", [6, 7, 191, 192, 230, 231])
+def test_equal_spacing_is_a_crop_or_pad(native, size, spacing):
+    """Whatever the sizes' parity: no pixel is blurred, none left out, labels lie on their image."""
+    volume = 1 + np.arange(native * 8).reshape(native, 8, 1) % 250
+    before = size // 2 - native // 2
+    whole = np.pad(volume[..., 0], ((max(before, 0), size), (0, 0)))[max(-before, 0) :][:size]
     kwargs = {"image_size": size, "target_spacing_mm": spacing}
-    image = grid.image_to_grid(ramp, (spacing, spacing, 1), **kwargs)[0, :, size // 2]
-    low = (native - size) // 2
-    expected = (line[:-1] + line[1:]) / 2
-    np.testing.assert_allclose(image, expected[low : low + size], rtol=1e-5)
-    label = grid.label_to_grid(ramp, (spacing, spacing, 1), **kwargs)[0, :, size // 2]
-    assert set(np.diff(label)) == {1}  # no pixel twice, none left out
+    columns = slice(max(size // 2 - 4, 0), size // 2 + 4)
+    shown = slice(max(4 - size // 2, 0), None)
+    for to_grid in (grid.image_to_grid, grid.label_to_grid):
+        found = to_grid(volume.astype(np.uint8), (spacing, spacing, 1), **kwargs)[0, :, columns]
+        expected = whole[:, shown][:, : found.shape[1]]
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("native", [40, 41])
+@pytest.mark.parametrize("ratio", [0.5, 0.71, 1, 1.5, 1.75, 2, 3])
+def test_labels_lie_where_the_image_is(native, ratio):
+    """On the whole, pixels' labels come from where the pixels' intensities do, to either side."""
+    line = np.arange(native)[:, None, None] * np.ones((1, 8, 1), np.int32)
+    kwargs = {"image_size": 64, "target_spacing_mm": ratio}
+    image = grid.image_to_grid(line, (1.0, 1.0, 1.0), **kwargs)[0, :, 32]
+    label = grid.label_to_grid(line, (1.0, 1.0, 1.0), **kwargs)[0, :, 32]
+    inner = (image > 0) & (image < native - 1)
+    assert inner.sum() > 10
+    assert abs((label - image)[inner].mean()) < 0.06
 
 
 # native shape, native in-plane spacing, image_size, target spacing, radii of the ellipse in mm
@@ -171,7 +176,7 @@ def test_native_pixels_outside_the_grid_are_background():
     probs = np.zeros((3, size, size, 4), np.float32)
     probs[..., 2] = 1
     native = grid.probs_to_native_label(probs, (*spacing, 9.0), shape[:2], target_spacing_mm=target)
-    x, y = (np.abs(positions_mm(shape[a], spacing[a])) < size * target / 2 for a in (0, 1))
+    x, y = (within(positions_mm(shape[a], spacing[a]), size, target) for a in (0, 1))
     expected = np.where(x[:, None] & y, 2, 0)
     assert 0 < expected.astype(bool).sum() < expected.size
     np.testing.assert_array_equal(native, np.repeat(expected[..., None], 3, axis=2))

@@ -118,8 +118,8 @@ def test_probabilities(tiny_run, predicted):
         for k in np.unique(most[most != label]):
             assert without_largest(most == k)[(most == k) & (label == 0)].all()
         spacing = file.header.get_zooms()
-        x = (np.arange(label.shape[0]) - (label.shape[0] - 1) / 2) * spacing[0]
-        outside = np.abs(x) > 16 * 4.0 + 1e-3
+        x = (np.arange(label.shape[0]) - label.shape[0] // 2) * spacing[0]
+        outside = np.abs(x + 2.0) > 16 * 4.0 + 1e-3  # half a pixel of the grid before the middle
         assert outside.any()
         assert (probs[outside] == [1, 0, 0, 0]).all()
 
@@ -319,7 +319,7 @@ def test_outside_the_training_grid_is_background(tmp_path):
     path = write(tmp_path / "case.nii", image, affine)
     segment_one(path, tmp_path / "out", network=lambda x: np.eye(3)[np.full(x.shape, 2)])
     label = np.asarray(nib.load(tmp_path / "out" / "case.nii.gz").dataobj)
-    x, y = ((np.arange(n) - (n - 1) / 2) * s for n, s in zip(shape[:2], spacing[:2], strict=True))
+    x, y = ((np.arange(n) - n // 2) * s for n, s in zip(shape[:2], spacing[:2], strict=True))
     inside = (np.abs(x) < 36)[:, None] & (np.abs(y) < 36)
     near = (np.abs(np.abs(x) - 36) < 1)[:, None] | (np.abs(np.abs(y) - 36) < 1)
     expected = np.broadcast_to(np.where(inside, 850, 0)[..., None], shape)
@@ -441,7 +441,7 @@ def test_n4_is_done_where_the_run_did_it(tmp_path, monkeypatch):
 
     affine, spacing = geometry("plain")
     path = write(
-        tmp_path / "case.nii.gz", two_balls((50, 40, 4), spacing) * np.float32(100), affine
+        tmp_path / "case.nii.gz", two_balls((51, 40, 4), spacing) * np.float32(100), affine
     )
     asked = []
 
@@ -453,7 +453,7 @@ def test_n4_is_done_where_the_run_did_it(tmp_path, monkeypatch):
     segment_one(path, tmp_path / "without")
     assert not asked
     segment_one(path, tmp_path / "with", how=HOW._replace(n4_shrink_factor=4))
-    assert asked == [((50, 40, 4), 4)]
+    assert asked == [((51, 40, 4), 4)]
     plain, mirrored = (
         np.asarray(nib.load(tmp_path / n / "case.nii.gz").dataobj) for n in ("without", "with")
     )

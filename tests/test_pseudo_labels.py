@@ -253,9 +253,9 @@ def test_nifti_files_in_native_geometry(tmp_path):
             predict(np.stack(IMAGES[volume_id]))[:, 1], spacing_mm, (5, 12), target_spacing_mm=1.0
         )
         np.testing.assert_array_equal(np.asarray(file.dataobj), expected)
-    # Rows 1..4 of 8 are -3 mm .. 1 mm about the centre; native rows lie at -3.2, -1.6, 0, 1.6, 3.2.
+    # Rows 1..4 of 8 lie -3 mm .. 0 mm from the middle; native rows at -3.2, -1.6, 0, 1.6, 3.2.
     c = np.asarray(nib.load(tmp_path / "c.nii.gz").dataobj)
-    assert c[:, :, 0].tolist() == [[0] * 12, [1] * 12, [1] * 12, [0] * 12, [0] * 12]
+    assert c[:, :, 0].tolist() == [[1] * 12, [1] * 12, [1] * 12, [0] * 12, [0] * 12]
     assert labels.labels.shape == (6, 8, 8)
 
 

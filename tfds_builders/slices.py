@@ -25,8 +25,9 @@ from lclseg.data import grid, nifti, orientation, preprocess
 from lclseg.run import progress
 
 # Of every prepared set: another one is prepared anew.
-VERSION = tfds.core.Version("1.2.0")
+VERSION = tfds.core.Version("1.3.0")
 RELEASE_NOTES = {
+    "1.3.0": "Middle pixels of volume and grid coincide: labels lie where the image is.",
     "1.2.0": "Volumes in one orientation; intensities held within a range.",
     "1.1.0": "Records compressed as a whole.",
     "1.0.0": "First release.",

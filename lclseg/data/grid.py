@@ -3,8 +3,12 @@
 Letters: X Y S native volume (slices on the last axis), H W training grid.
 
 One map per in-plane axis does resampling and crop-or-pad together: training pixel o lies at the
-native index (o - (H - 1) / 2) * target / spacing + (X - 1) / 2; the centres of both grids coincide
-and both spacings are kept exactly. The way back is the same map solved for o.
+native index (o - H // 2) * target / spacing + X // 2. The middle pixels of both grids coincide and
+both spacings are kept exactly. The way back is the same map solved for o.
+
+Middle pixels, not centres: of an odd and an even size the centres lie half a pixel apart. A grid
+about the native centre would then blur the image of a volume that needs no resampling, and its
+label, which has no half pixels, would lie half a pixel beside the image.
 """
 
 from collections.abc import Iterator
@@ -58,11 +62,10 @@ def window_intensity(image: np.ndarray, low: float, high: float) -> np.ndarray:
 
 
 def _source_index(num_out, spacing_out, num_in, spacing_in) -> np.ndarray:
-    """Index in a line of `num_in` samples under each of `num_out`, centres aligned; [num_out]."""
-    millimetres = (np.arange(num_out) - (num_out - 1) / 2) * spacing_out
-    # Rounded, so that indices midway between two samples all go to the same side: of equal spacings
-    # the nearest neighbour must neither repeat nor lose a row.
-    return np.round(millimetres / spacing_in + (num_in - 1) / 2, 6)
+    """Index in a line of `num_in` samples under each of `num_out`, middles aligned; [num_out]."""
+    millimetres = (np.arange(num_out) - num_out // 2) * spacing_out
+    # Rounded, so that what lies on a sample, or midway between two, is told exactly.
+    return np.round(millimetres / spacing_in + num_in // 2, 6)
 
 
 def _linear_index(
@@ -70,7 +73,7 @@ def _linear_index(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """(sample before, sample after, share of the one after, whether inside); each [num_out].
 
-    Centres are aligned. Up to half a sample beyond the outermost ones is inside and repeats them.
+    Middles are aligned. Up to half a sample beyond the outermost ones is inside and repeats them.
     """
     index = _source_index(num_out, spacing_out, num_in, spacing_in)
     inside = (index >= -0.5) & (index <= num_in - 0.5)
@@ -81,7 +84,7 @@ def _linear_index(
 
 
 def linear_matrix(num_out: int, spacing_out: float, num_in: int, spacing_in: float) -> np.ndarray:
-    """[num_out, num_in] float32 weights of linear interpolation along one axis, centres aligned.
+    """[num_out, num_in] float32 weights of linear interpolation along one axis, middles aligned.
 
     Rows beyond the outermost input samples by up to half a sample repeat the outermost; further
     out they are zero (padding).
@@ -97,11 +100,12 @@ def linear_matrix(num_out: int, spacing_out: float, num_in: int, spacing_in: flo
 def _nearest_index(num_out, spacing_out, num_in, spacing_in) -> tuple[np.ndarray, np.ndarray]:
     index = _source_index(num_out, spacing_out, num_in, spacing_in)
     inside = (index >= -0.5) & (index < num_in - 0.5)
-    return np.clip(np.floor(index + 0.5).astype(int), 0, num_in - 1), inside
+    # rint takes what is midway to the even one: labels move to neither side on the whole.
+    return np.clip(np.rint(index).astype(int), 0, num_in - 1), inside
 
 
 def image_to_grid(image, spacing_mm, *, image_size: int, target_spacing_mm: float) -> np.ndarray:
-    """Resamples linearly and crops or zero-pads about the centre: [X, Y, S] -> [S, H, W] float32.
+    """Resamples linearly and crops or zero-pads about the middle: [X, Y, S] -> [S, H, W] float32.
 
     Args:
       image: [X, Y, S] float.
