@@ -165,9 +165,12 @@ def test_the_paper_s_augmentation_is_that_of_the_config():
 
 def test_strong_augmentation_is_geometry_then_intensity():
     key, (image, label) = jax.random.key(1), some_slice()
-    made = make_base(**{"augment.strength": "strong", "augment.any_orientation": True})
+    values = {"strength": "strong", "any_orientation": True, "strong_rotation_degrees": 70.0}
+    made = make_base(**{f"augment.{name}": value for name, value in values.items()})
     moved, moved_label = made.move(key, image, label)
-    expected = augment.strong_geometry(key, image, label, any_orientation=True)
+    expected = augment.strong_geometry(
+        key, image, label, any_orientation=True, max_rotation_degrees=70.0
+    )
     np.testing.assert_array_equal(moved, expected[0])
     np.testing.assert_array_equal(moved_label, expected[1])
     changed, same = made.change(key, image, label)

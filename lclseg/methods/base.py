@@ -52,7 +52,11 @@ def augmentation(options: ConfigDict) -> tuple[Augment, Augment, Augment]:
 
         def move(key, image, label):
             return augment.strong_geometry(
-                key, image, label, any_orientation=options.any_orientation
+                key,
+                image,
+                label,
+                max_rotation_degrees=options.strong_rotation_degrees,
+                any_orientation=options.any_orientation,
             )
 
         def change(key, image, label):

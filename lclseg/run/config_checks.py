@@ -83,6 +83,7 @@ RULES: dict[str, Rule] = {
         "a tuple of numbers, 0 or more and not all 0, one a class; or ()",
     ),
     "augment.any_orientation": YES_NO,
+    "augment.strong_rotation_degrees": Rule(lambda v: is_number(v) and 0 <= v <= 180, "0 to 180"),
     "augment.max_rotation_degrees": Rule(lambda v: is_number(v) and 0 <= v <= 180, "0 to 180"),
     "augment.scale_range": span(
         lambda low, high: 0 < low <= high, "(low, high) with 0 < low <= high"
