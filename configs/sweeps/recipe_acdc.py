@@ -30,10 +30,14 @@ BASE = {
     "data.pool": tuple(p for p in acdc["POOL"] if p not in TEST),
     "data.test_patients": TEST,
 }
+TURNED = {"augment.strong_rotation_degrees": 90.0}  # 45 elsewhere
 
 ROWS = {
     "supervised": {"method": "supervised"},
     "self-training, weight 0.5": self_training(0.5),
     "self-training, weight 0.5, copy-paste": self_training(0.5, copy_paste=True),
     "self-training, weight 0.25, copy-paste": self_training(0.25, copy_paste=True),
+    "supervised, 90 degrees": {"method": "supervised"} | TURNED,
+    "self-training, weight 0.5, copy-paste, 90 degrees": self_training(0.5, copy_paste=True)
+    | TURNED,
 }
