@@ -49,6 +49,7 @@ def get_config(method: str = "local_contrastive") -> ConfigDict:
         config.method.pairs.update(labeled_self=0, pseudo_self=0, labeled_pseudo=3, pseudo_pseudo=3)
     config.loss.segmentation = "batch_dice_and_cross_entropy"
     config.augment.strength = "strong"
+    config.augment.strong_rotation_degrees = 90.0  # as in acdc_short.py: how far scans are turned
     config.pseudo_labels.largest_component = "by_masks"
     config.crf.num_steps = 0  # its sigmas are made for 192 px
     config.optimizer.learning_rate = 1e-3

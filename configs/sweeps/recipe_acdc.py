@@ -29,8 +29,9 @@ BASE = {
     "data.splits": lists["table"](IDS, SPLITS),
     "data.pool": tuple(p for p in acdc["POOL"] if p not in TEST),
     "data.test_patients": TEST,
+    "augment.strong_rotation_degrees": 45.0,
 }
-TURNED = {"augment.strong_rotation_degrees": 90.0}  # 45 elsewhere
+TURNED = {"augment.strong_rotation_degrees": 90.0}
 
 ROWS = {
     "supervised": {"method": "supervised"},
