@@ -57,7 +57,7 @@ def get_config(method: str = "local_contrastive") -> ConfigDict:
     augment = config.augment = ConfigDict()
     # paper: the values below. strong: those of lclseg.augment.strong_geometry and strong_intensity.
     augment.strength = "paper"
-    augment.strong_rotation_degrees = 45.0  # bound, either way
+    augment.strong_rotation_degrees = 45.0  # strong: bound of the rotation, either way
     augment.any_orientation = False  # strong: flips and whole turns, for scans without a fixed one
     augment.max_rotation_degrees = 15.0
     augment.scale_range = (0.95, 1.05)
