@@ -15,6 +15,11 @@ ROWS = {
     "self-training": {"method": "self_training", "method.copy_paste": False},
     "self-training, copy-paste": {"method": "self_training", "method.copy_paste": True},
     "local contrastive": {"method": "local_contrastive"},
+    # What the contrastive term itself is worth: all else is as in the row above.
+    "local contrastive, without its term": {
+        "method": "local_contrastive",
+        "method.contrastive_weight": 0.0,
+    },
     "BCP": {"method": "bcp"},
     "UniMatch": {"method": "unimatch"},
     "supervised, paper's augmentation": {"method": "supervised", "augment.strength": "paper"},

@@ -41,4 +41,5 @@ ROWS = {
     "supervised, 90 degrees": {"method": "supervised"} | TURNED,
     "self-training, weight 0.5, copy-paste, 90 degrees": self_training(0.5, copy_paste=True)
     | TURNED,
+    "BCP, 90 degrees": {"method": "bcp"} | TURNED,
 }
