@@ -48,6 +48,13 @@ SPLITS = {
         "c3": ("057", "304 308"),
         "c4": ("215", "019 138"),
         "c5": ("311", "164 220"),
+        # Drawn later at random, before any was run, of volumes that neither c1 to c5 nor d1 to
+        # d4 of the recipe sweeps label.
+        "c6": ("318", "368 376"),
+        "c7": ("138", "221 243"),
+        "c8": ("304", "295 309"),
+        "c9": ("058", "042 210"),
+        "c10": ("114", "050 203"),
     },
     "2": {
         "c1": ("180 330", "302 390"),
@@ -65,7 +72,7 @@ SPLITS = {
     },
 }
 # Upper bound: the whole pool but the validation pair.
-ALL = {f"c{c}": SPLITS["2"][f"c{c}"][1] for c in range(1, 6)}
+ALL = {c: SPLITS["2" if c in SPLITS["2"] else "1"][c][1] for c in SPLITS["1"]}
 
 
 def get_config(method: str = "self_training") -> ConfigDict:
