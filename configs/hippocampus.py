@@ -2,8 +2,8 @@
 
   python -m lclseg.main --config=configs/hippocampus.py --config.data.manual_dir=Task04_Hippocampus
 
-Expected with 1 labelled volume: test Dice 0.76 (mean of five splits), in some 10 minutes on two CPU
-cores; with 2 it has not been measured. --config=configs/hippocampus.py:supervised has 0.74; see
+Expected with 1 labelled volume: test Dice 0.78 (mean of ten splits), in some 10 minutes on two CPU
+cores; with 2 it has not been measured. --config=configs/hippocampus.py:supervised has 0.75; see
 docs/results.md.
 
 A small set and a schedule of 600 + 1400 steps: the real data that two CPU cores can afford.
