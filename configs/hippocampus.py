@@ -72,7 +72,7 @@ SPLITS = {
     },
 }
 # Upper bound: the whole pool but the validation pair.
-ALL = {c: SPLITS["2" if c in SPLITS["2"] else "1"][c][1] for c in SPLITS["1"]}
+ALL = {c: pair for c, (_, pair) in (SPLITS["1"] | SPLITS["2"]).items()}
 
 
 def get_config(method: str = "self_training") -> ConfigDict:
