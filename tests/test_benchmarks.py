@@ -4,9 +4,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from benchmarks import accelerator
+from benchmarks import accelerator, grid_limit
 
 ROOT = Path(__file__).parents[1]
 MODULES = sorted(p.stem for p in (ROOT / "benchmarks").glob("*.py") if p.stem != "__init__")
@@ -32,6 +33,27 @@ def test_the_floor_counts_more_work_for_more_pixels(tmp_path):
     flops = {row["px"]: row["Gflop"] for row in rows}
     # Convolutions are all that multiplies much, and their work goes with the pixels.
     assert flops[64] / flops[32] == pytest.approx(4, rel=0.02)
+
+
+def test_a_grid_costs_what_its_pixels_are_too_coarse_for():
+    label = np.zeros((6, 6, 1), np.uint8)
+    label[2:4, 2:4] = 1
+
+    def dice(image_size, target_spacing_mm):
+        return grid_limit.round_trip_dice(
+            label, (1.0, 1.0, 5.0), image_size=image_size, target_spacing_mm=target_spacing_mm
+        )
+
+    assert dice(6, 1.0) == 1.0
+    # Of 2 x 2 pixels the grid holds two rows and columns, the middle and the one before it.
+    assert dice(2, 1.0) == 1.0
+    label[2:4, 0:2] = 1  # 2 x 4 pixels, of which the same grid holds 2 x 2: 2 x 4 / (4 + 8)
+    assert dice(2, 1.0) == pytest.approx(2 / 3)
+    # Pixels of 2 mm lie over rows and columns 1, 3 and 5; a tie between two goes to the background.
+    # So of the 2 x 2 pixels 2..3 the one at 3, 3 comes back.
+    label[:] = 0
+    label[2:4, 2:4] = 1
+    assert dice(3, 2.0) == pytest.approx(2 * 1 / (1 + 4))
 
 
 @pytest.mark.slow
