@@ -41,5 +41,8 @@ ROWS = {
     "supervised, 90 degrees": {"method": "supervised"} | TURNED,
     "self-training, weight 0.5, copy-paste, 90 degrees": self_training(0.5, copy_paste=True)
     | TURNED,
+    "self-training, weight 0.5, copy-paste, 90 degrees, confidence 0.9": (
+        self_training(0.5, copy_paste=True) | TURNED | {"pseudo_labels.min_confidence": 0.9}
+    ),
     "BCP, 90 degrees": {"method": "bcp"} | TURNED,
 }
