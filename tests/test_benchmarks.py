@@ -1,9 +1,11 @@
+import argparse
 import importlib
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 
@@ -54,6 +56,30 @@ def test_a_grid_costs_what_its_pixels_are_too_coarse_for():
     label[:] = 0
     label[2:4, 2:4] = 1
     assert dice(3, 2.0) == pytest.approx(2 * 1 / (1 + 4))
+
+
+def test_a_folder_is_measured_whatever_its_label_values(tmp_path):
+    def save(name, data):
+        nib.save(nib.Nifti1Image(data, np.diag([1.0, 1, 5, 1])), tmp_path / name)
+
+    rng = np.random.default_rng(0)
+    label = np.zeros((6, 6, 1), np.int16)
+    label[2:4, 2:4] = 7  # comes back from pixels of 1 mm alone; see above
+    label[0, 0] = 300  # lies at the edge, which neither row nor column 1, 3 or 5 touches
+    for case in "abc":
+        save(f"{case}.nii.gz", rng.normal(size=label.shape).astype(np.float32))
+    save("a_gt.nii.gz", label)
+    save("b_gt.nii.gz", np.zeros_like(label))  # shows nothing; c has no mask
+    fine, coarse = grid_limit.measure(tmp_path, [(6, 1.0), (3, 2.0)])
+    assert (fine["masks"], fine["mean Dice"], fine["least"]) == (1, 1.0, 1.0)
+    assert coarse["mean Dice"] == pytest.approx((2 / 5 + 0) / 2)
+
+
+@pytest.mark.parametrize("text", ["96", "x2", "96x", "0x1", "96x-1", "96xnan"])
+def test_a_grid_is_pixels_and_millimetres(text):
+    assert grid_limit.grid_of("96x2.5") == (96, 2.5)
+    with pytest.raises(argparse.ArgumentTypeError, match=f"found '{text}'; wanted px x mm"):
+        grid_limit.grid_of(text)
 
 
 @pytest.mark.slow
