@@ -12,8 +12,7 @@ short = runpy.run_path(str(Path(__file__).parent / "recipe_hippocampus.py"))
 CONFIG, PAIRS = short["CONFIG"], short["PAIRS"]
 BASE = short["BASE"] | {"rounds.baseline_steps": 600, "rounds.steps_per_round": 1400}
 ROWS = {name: short["ROWS"][name] for name in ("supervised", "self-training, weight 0.25")}
-# Of wrong pixels in the first labels of d1 and d2 44 % are less certain than this, of right ones in
-# the structures 9 %.
+# A model is less certain than this of many of its faults, and of few pixels that it gets right.
 CONFIDENT = {"pseudo_labels.min_confidence": 0.9}
 ROWS |= {
     "self-training, weight 0.25, confidence 0.9": short["self_training"](0.25) | CONFIDENT,
