@@ -45,4 +45,7 @@ ROWS = {
         self_training(0.5, copy_paste=True) | TURNED | {"pseudo_labels.min_confidence": 0.9}
     ),
     "BCP, 90 degrees": {"method": "bcp"} | TURNED,
+    "self-training, weight 0.5, copy-paste, 90 degrees, cosine": (
+        self_training(0.5, copy_paste=True) | TURNED | {"optimizer.schedule": "cosine"}
+    ),
 }
