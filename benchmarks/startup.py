@@ -4,8 +4,7 @@ A whole small run (baseline and two rounds, CRF, evaluation) of `train_and_evalu
 phantoms, in a fresh process: `cold` with an empty compilation cache, `warm` with the one that the
 cold run left. `compilations` count calls of XLA, or of its cache, in the whole run: three of
 programs mapped over devices are right (baseline step, joint step, prediction; JAX gives them one
-name), and one of the CRF; the others are small. What compiles in under a second is not cached
-(JAX's default).
+name), and one of the CRF; the others are small.
 """
 
 import collections

@@ -10,7 +10,7 @@ from lclseg.data import batches
 from lclseg.data.dataset import PreparedSet, VolumeEntry
 from lclseg.data.preprocess import Preprocessing
 from lclseg.losses import IGNORE
-from lclseg.run.store import DeviceSlices, Labels
+from lclseg.run.store import DeviceSlices, Labels, num_rows
 
 NUM_DEVICES = 4  # of the tests' process
 POISON = 254
@@ -170,3 +170,27 @@ def test_a_batch_that_does_not_fit_is_refused(prepared):
     slices, _ = make(prepared, capacity=3)
     with pytest.raises(ValueError, match=r"the 3 that fit.*data\.labeled_batch_size"):
         slices.load(0, 5)
+
+
+def test_stores_of_a_few_slices_more_or_less_have_one_shape(prepared):
+    """So that they run one compiled program; no more rows than there is memory for."""
+    labels = Labels(LABELED[:3], *(NOTHING.pseudo, NOTHING.pseudo_labels))
+    shapes = set()
+    for records in (LABELED, LABELED[:3]):
+        draws = batches.sampler(5, records, 4, None)
+        slices = DeviceSlices(prepared, labels, draws, records)
+        slices.load(0, 20)
+        shapes.add(tuple(x.shape for x in slices.store))
+    assert len(shapes) == 1
+    few = DeviceSlices(prepared, labels, draws, LABELED[:3], capacity=5)
+    few.load(0, 20)
+    assert few.store.image.shape == (NUM_DEVICES, 5, 4, 4)
+
+
+def test_a_store_is_at_most_a_quarter_larger_than_its_slices():
+    numbers = np.arange(1, 20_000)
+    rows = np.array([num_rows(int(n)) for n in numbers])
+    assert (rows >= numbers).all() and (np.diff(rows) >= 0).all()
+    assert (rows <= np.maximum(numbers + 63, 1.25 * numbers)).all()
+    # In each doubling there are few shapes, and so few programs.
+    assert all(len(set(rows[n : 2 * n])) <= 6 for n in (64, 500, 4000))

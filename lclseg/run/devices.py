@@ -36,6 +36,8 @@ def set_up_jax(num_cpu_devices: int) -> None:
     logger.setLevel(logging.INFO)
     cache = Path("~/.cache/lclseg/xla").expanduser()
     jax.config.update("jax_compilation_cache_dir", str(cache))
+    # By default what compiles in a second is not kept; the many small programs take several.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_num_cpu_devices", num_cpu_devices)
 
 
