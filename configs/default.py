@@ -79,7 +79,8 @@ def get_config(method: str = "local_contrastive") -> ConfigDict:
     # out of the round; the authors' is 0.9. 0: no gate.
     pseudo_labels.min_agreement = 0.0
     # Of a class in a volume the largest component is kept, in 3-D: "no", "yes", or "by_masks", of
-    # the classes that are one piece in all masks of labelled volumes.
+    # the classes that are one piece in all masks of labelled volumes. "together_by_masks": before
+    # that the piece of foreground that holds most of the classes, if it is one in all masks, too.
     pseudo_labels.largest_component = "no"
     pseudo_labels.min_confidence = 0.0  # pixels less certain than this are not learnt from
 

@@ -5,51 +5,88 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from scipy import ndimage
 
+Kind = int | tuple[int, ...]  # a foreground class, or several taken together
+
 STRAY = 0.01  # share of a class that may lie apart, as specks of a mask, and it is still one piece
 
 
-def one_piece(labels: Iterable[np.ndarray], classes: Sequence[int]) -> tuple[int, ...]:
+def one_piece(labels: Iterable[np.ndarray], classes: Sequence[Kind]) -> tuple[Kind, ...]:
     """Those of some classes that are one piece in each label that shows them, and in one at least.
 
     Specks do not count: the largest component holds all but 1 % of the class.
 
     Args:
       labels: [S, H, W] or [H, W] integers each.
-      classes: foreground classes, 1 and more.
+      classes: foreground classes, 1 and more; a tuple is several taken together.
+
+    Returns:
+      In the order given.
     """
-    shown: set[int] = set()
-    apart: set[int] = set()
+    shown: set[Kind] = set()
+    apart: set[Kind] = set()
     for label in labels:
-        kept = largest_component(label, classes)
-        for k in classes:
-            if size := np.count_nonzero(label == k):
-                shown.add(k)
-                if np.count_nonzero(kept == k) < (1 - STRAY) * size:
-                    apart.add(k)
-    return tuple(sorted(shown - apart))
+        for kind in classes:
+            members = members_of(kind)
+            for box in ndimage.find_objects(np.isin(label, members).astype(np.uint8)):
+                shown.add(kind)
+                size = np.count_nonzero(np.isin(label[box], members))
+                kept = np.isin(largest_component(label[box], [kind]), members)
+                if np.count_nonzero(kept) < (1 - STRAY) * size:
+                    apart.add(kind)
+    return tuple(kind for kind in classes if kind in shown - apart)
+
+
+def members_of(kind: Kind) -> tuple[int, ...]:
+    """The classes of a tuple, or the one class."""
+    return kind if isinstance(kind, tuple) else (kind,)
+
+
+def names_of(classes: Sequence[Kind], class_names: Sequence[str]) -> list[str]:
+    """Their names; of several taken together joined: (1, (1, 2)) -> "RV", "RV + MYO"."""
+    return [" + ".join(class_names[k - 1] for k in members_of(kind)) for kind in classes]
+
+
+def classes_of(names: Sequence[str], class_names: Sequence[str]) -> tuple[Kind, ...]:
+    """The reverse of `names_of`; raises ValueError for a name that is none of a class."""
+    number = {name: k for k, name in enumerate(class_names, start=1)}
+    found: list[Kind] = []
+    for name in names:
+        parts = [name] if name in number else name.split(" + ")
+        if unknown := [part for part in parts if part not in number]:
+            raise ValueError(f"found {unknown[0]!r}; wanted one of {', '.join(class_names)}")
+        numbers = tuple(number[part] for part in parts)
+        found.append(numbers if len(numbers) > 1 else numbers[0])
+    return tuple(found)
 
 
 def largest_component(
-    label: np.ndarray, classes: Sequence[int], connectivity: int | None = None
+    label: np.ndarray, classes: Sequence[Kind], connectivity: int | None = None
 ) -> np.ndarray:
     """Keeps the largest connected component of each of some classes; the rest becomes background.
+
+    Of several classes taken together the component is kept that holds most of them: the sum over
+    the classes k of |component and k| / |k| is largest. So a large false piece of one class does
+    not stand against a piece that shows them all. Of one class that is the largest component.
 
     Of components of one size the one stays that comes first in the array's order (slices, then
     rows, then columns). A class that is absent stays absent; all other values stay as they are.
 
     Args:
       label: [S, H, W] or [H, W] integers.
-      classes: foreground classes, 1 and more.
+      classes: foreground classes, 1 and more, one after the other; a tuple is several taken
+        together.
       connectivity: how many coordinates may differ by one between neighbours: in 3-D 1 for the 6
         that share a face, 2 for 18, 3 for all 26; None: as many as there are axes.
 
     Returns:
       A new array of the shape and dtype of `label`.
 
-    Example: a lone pixel beside two.
+    Example: a lone pixel beside two; and a piece of two classes beside a larger one of one class.
 
       >>> largest_component(np.array([[1, 1, 0, 1]]), classes=[1])
       array([[1, 1, 0, 0]])
+      >>> largest_component(np.array([[1, 2, 0, 1, 1, 1]]), classes=[(1, 2)])
+      array([[1, 2, 0, 0, 0, 0]])
 
     Raises:
       ValueError: a label of other than 2 or 3 axes, or a connectivity that it does not have.
@@ -66,14 +103,18 @@ def largest_component(
         )
     neighbours = ndimage.generate_binary_structure(label.ndim, connectivity)
     kept = label.copy()
-    # Each class in its own bounding box: most classes fill a small part of the volume.
-    boxes = ndimage.find_objects(np.where(np.isin(label, classes), label, 0))
-    for k, box in enumerate(boxes, start=1):
-        if box is None:
-            continue
-        components, count = ndimage.label(label[box] == k, neighbours)
-        if count > 1:
-            sizes = np.bincount(components.ravel())
-            largest = 1 + sizes[1:].argmax()  # SciPy numbers them in the array's order
-            kept[box][(components != 0) & (components != largest)] = 0
+    for kind in classes:
+        members = members_of(kind)
+        is_member = np.isin(kept, members)
+        # In their own bounding box: most classes fill a small part of the volume.
+        for box in ndimage.find_objects(is_member.astype(np.uint8)):
+            components, count = ndimage.label(is_member[box], neighbours)
+            if count < 2:
+                continue
+            sizes = [
+                np.bincount(components[kept[box] == k], minlength=count + 1)[1:] for k in members
+            ]
+            shares = sum(size / size.sum() for size in sizes if size.any())
+            best = 1 + np.argmax(shares)  # SciPy numbers them in the array's order
+            kept[box][(components != 0) & (components != best)] = 0
     return kept

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lclseg import metrics
-from lclseg.components import largest_component, one_piece
+from lclseg.components import Kind, largest_component, one_piece
 from lclseg.data import grid, nifti
 from lclseg.data.dataset import PreparedSet
 
@@ -72,10 +72,15 @@ def to_native_label(prepared: PreparedSet, volume_id: str, probs: np.ndarray) ->
     )
 
 
-def classes_in_one_piece(prepared: PreparedSet, volume_ids: Sequence[str]) -> tuple[int, ...]:
-    """The classes that are one piece in the masks of all these volumes; see `one_piece`."""
+def classes_in_one_piece(prepared: PreparedSet, volume_ids: Sequence[str]) -> tuple[Kind, ...]:
+    """What is one piece in the masks of all these volumes; see `one_piece`.
+
+    All classes together, first, where there are several; then each class.
+    """
     masks = (prepared.read_native(volume_id).label for volume_id in volume_ids)
-    return one_piece([m for m in masks if m is not None], range(1, prepared.num_classes))
+    every = tuple(range(1, prepared.num_classes))
+    together = [every] if len(every) > 1 else []
+    return one_piece([m for m in masks if m is not None], [*together, *every])
 
 
 def without_ignored(label: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -92,7 +97,7 @@ def evaluate(
     batch_size: int,
     with_distances: bool,
     save_to: Path | None = None,
-    one_piece: Sequence[int] = (),
+    one_piece: Sequence[Kind] = (),
     on_prediction: Callable[[VolumePrediction], None] = lambda prediction: None,
 ) -> dict:
     """3-D metrics of labelled volumes in native geometry; see `metrics.summarize`.

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from lclseg import steps
+from lclseg.components import Kind, classes_of, names_of
 from lclseg.data import preprocess
 from lclseg.data.dataset import open_builder, preprocessing_of
 from lclseg.data.preprocess import Preprocessing
@@ -46,7 +47,7 @@ class TrainedModel(NamedTuple):
     preprocessing: Preprocessing
     architecture: dict
     batch_size: int
-    largest_component: tuple[int, ...]
+    largest_component: tuple[Kind, ...]
     state: steps.TrainState
     facts: dict
 
@@ -212,28 +213,34 @@ def _preprocessing(workdir: Path, config: ConfigDict) -> Preprocessing:
     return preprocessing_of(builder)
 
 
-def class_numbers(names: Any, how: Preprocessing, source: str) -> tuple[int, ...]:
+def class_numbers(names: Any, how: Preprocessing, source: str) -> tuple[Kind, ...]:
     """The classes 1, 2, ... of which a file says that the largest component is kept.
+
+    Several taken together come first; see `components.largest_component`.
 
     Raises:
       ModelError: not a list of different names of classes.
     """
     known = how.class_names
-    right = isinstance(names, list) and all(n in known for n in names)
-    if not right or len(set(names)) != len(names):
+    try:
+        if not isinstance(names, list) or len(set(names)) != len(names):
+            raise ValueError
+        found = classes_of(names, known)
+    except (ValueError, TypeError, AttributeError) as error:
         raise ModelError(
             f"{source}: largest_component is {names!r}; wanted a list of some of the classes "
-            f"{', '.join(known)}, each once: mend it, or [] to keep every component"
-        )
-    return tuple(sorted(known.index(n) + 1 for n in names))
+            f"{', '.join(known)}, each once, or of several joined by ' + ': mend it, or [] to keep "
+            "every component"
+        ) from error
+    return tuple(sorted(found, key=lambda kind: (not isinstance(kind, tuple), kind)))
 
 
 def kept_largest(model: TrainedModel) -> list[str]:
     """The names of the classes of which a model's predictions keep the largest component."""
-    return [model.preprocessing.class_names[k - 1] for k in model.largest_component]
+    return names_of(model.largest_component, model.preprocessing.class_names)
 
 
-def _largest_component(workdir: Path, how: Preprocessing) -> tuple[int, ...]:
+def _largest_component(workdir: Path, how: Preprocessing) -> tuple[Kind, ...]:
     """What the run recorded; none of a run that did not yet do so."""
     path = workdir / "postprocessing.json"
     content = read_json(path)

@@ -17,7 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from lclseg import evaluation, export, metrics, model_files
-from lclseg.components import largest_component
+from lclseg.components import Kind, largest_component, names_of
 from lclseg.cores import usable_cores
 from lclseg.data import grid, nifti, orientation, preprocess
 from lclseg.data.layouts import (
@@ -197,7 +197,7 @@ def load_models(folders: Sequence[Path], stage: str | None = None) -> list[Train
     return models
 
 
-def classes_to_clean(models: Sequence[TrainedModel], choice: str) -> tuple[int, ...]:
+def classes_to_clean(models: Sequence[TrainedModel], choice: str) -> tuple[Kind, ...]:
     """Of which classes predictions keep the largest component alone, by `LARGEST_COMPONENT`.
 
     Raises:
@@ -322,7 +322,7 @@ def segment(
     outputs: Outputs,
     *,
     batch_size: int,
-    keep_largest: Sequence[int] = (),
+    keep_largest: Sequence[Kind] = (),
 ) -> dict:
     """Predicts cases and writes the results.
 
@@ -417,7 +417,7 @@ def predict_files(
     models = load_models(folders, stage)
     how = models[0].preprocessing
     cleaned = classes_to_clean(models, largest)
-    names = [how.class_names[k - 1] for k in cleaned]
+    names = names_of(cleaned, how.class_names)
     for warning in check_cases(cases, how):
         print(f"lclseg: WARNING: {warning}", file=sys.stderr)
     if names:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lclseg import evaluation, metrics
-from lclseg.components import largest_component
+from lclseg.components import Kind, largest_component
 from lclseg.data import nifti
 from lclseg.data.dataset import PreparedSet
 from lclseg.errors import UserError
@@ -80,7 +80,7 @@ def make_pseudo_labels(
     agreements: Mapping[str, float] | None = None,
     min_agreement: float = 0.0,
     min_confidence: float = 0.0,
-    keep_largest: Sequence[int] = (),
+    keep_largest: Sequence[Kind] = (),
     made_by: dict | None = None,
 ) -> PseudoLabels:
     """Predicts the pool and writes a new set of pseudo-labels into `folder`.
@@ -162,7 +162,7 @@ def _reserve(path: Path) -> None:
 
 
 def label_of(
-    probs: np.ndarray, *, min_confidence: float, keep_largest: Sequence[int]
+    probs: np.ndarray, *, min_confidence: float, keep_largest: Sequence[Kind]
 ) -> np.ndarray:
     """The pseudo-label [S, H, W] uint8 of a volume, from probabilities [S, 2, H, W, C].
 
@@ -173,7 +173,7 @@ def label_of(
     return _finished(label, probs[:, 0].max(axis=-1) < min_confidence, keep_largest)
 
 
-def _finished(label: np.ndarray, uncertain: np.ndarray, keep_largest: Sequence[int]) -> np.ndarray:
+def _finished(label: np.ndarray, uncertain: np.ndarray, keep_largest: Sequence[Kind]) -> np.ndarray:
     label = largest_component(label, keep_largest)  # before pixels are taken out of it
     label[uncertain] = IGNORE
     return label
@@ -190,7 +190,7 @@ def label_bytes(probs: jax.Array, min_confidence: float) -> jax.Array:
     return label + UNCERTAIN * uncertain.astype(jnp.uint8)
 
 
-def label_of_bytes(found: np.ndarray, *, keep_largest: Sequence[int]) -> np.ndarray:
+def label_of_bytes(found: np.ndarray, *, keep_largest: Sequence[Kind]) -> np.ndarray:
     """`label_of`, from `label_bytes` [S, H, W, 1]."""
     found = found[..., 0]
     return _finished(found % UNCERTAIN, found >= UNCERTAIN, keep_largest)
@@ -233,7 +233,7 @@ def _write_volume(
     folder: Path,
     previous: PseudoLabels | None,
     min_confidence: float,
-    keep_largest: Sequence[int],
+    keep_largest: Sequence[Kind],
 ) -> tuple[np.ndarray, _About]:
     """The label [S, H, W] of a volume and what there is to tell; writes it as NIfTI."""
     volume_id = prediction.volume_id

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from lclseg.components import largest_component, one_piece
+from lclseg.components import classes_of, largest_component, names_of, one_piece
 from lclseg.losses import IGNORE
 
 
@@ -126,6 +126,53 @@ def test_classes_in_one_piece():
     assert one_piece([second], [1, 4]) == ()
     first[2, 0, :4] = 3  # 4 pixels in 204
     assert one_piece([first, second], range(1, 5)) == (1,)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_several_classes_together_keep_the_piece_that_holds_most_of_them(seed):
+    """Against the definition, piece by piece: the sum over classes of the share that it holds."""
+    rng = np.random.default_rng(seed)
+    label = rng.choice(5, (4, 7, 6), p=[0.8, 0.05, 0.05, 0.05, 0.05]).astype(np.uint8)
+    together = np.isin(label, (1, 2, 4)).astype(np.uint8)
+    best, best_shares = None, -1.0
+    while together.any():
+        piece = flood_fill(together, 2, 3) == 1
+        shares = sum((piece & (label == k)).sum() / (label == k).sum() for k in (1, 2, 4))
+        if shares > best_shares:
+            best, best_shares = piece, shares
+        together[piece] = 0
+    expected = np.where(np.isin(label, (1, 2, 4)) & ~best, 0, label)
+    np.testing.assert_array_equal(largest_component(label, [(1, 2, 4)]), expected)
+    assert (expected != label).any()
+
+
+def test_a_large_false_piece_of_one_class_does_not_displace_the_right_one():
+    """1 beside 2 and 3; a false 1 is larger than all of them. By itself it would be kept."""
+    label = np.array([[1, 1, 2, 3, 3, 0, 1, 1, 1, 1, 1, 1]], np.uint8)
+    right = [[1, 1, 2, 3, 3, 0, 0, 0, 0, 0, 0, 0]]
+    np.testing.assert_array_equal(largest_component(label, [(1, 2, 3), 1, 2, 3]), right)
+    wrong = [[0, 0, 2, 3, 3, 0, 1, 1, 1, 1, 1, 1]]
+    np.testing.assert_array_equal(largest_component(label, [1, 2, 3]), wrong)
+
+
+def test_classes_together_are_one_piece_where_they_touch():
+    """Alone each is whole; together they are in the second label only."""
+    apart, joined = np.zeros((2, 1, 6), np.uint8)
+    apart[0, :2], apart[0, 4:] = 1, 2
+    joined[0, :3], joined[0, 3:] = 1, 2
+    kinds = [(1, 2), 1, 2]
+    assert one_piece([joined], kinds) == ((1, 2), 1, 2)
+    assert one_piece([joined, apart], kinds) == (1, 2)
+
+
+def test_names_of_classes_and_back():
+    names = ["RV", "MYO", "LV"]
+    kinds = ((1, 2, 3), 1, 3)
+    assert names_of(kinds, names) == ["RV + MYO + LV", "RV", "LV"]
+    assert classes_of(names_of(kinds, names), names) == kinds
+    assert classes_of(["a + b"], ["a + b", "c"]) == (1,)  # a class of that very name
+    with pytest.raises(ValueError, match="found 'XX'; wanted one of RV, MYO, LV"):
+        classes_of(["RV + XX"], names)
 
 
 @pytest.mark.parametrize(

@@ -83,10 +83,10 @@ def test_a_folder_of_version_2_stays_readable(copy):
 
 def test_largest_components_are_read_back(model, tmp_path):
     """MYO alone, which the run itself does not choose."""
-    export.write_model(model._replace(largest_component=(2,)), tmp_path / "model")
+    export.write_model(model._replace(largest_component=((1, 2, 3), 2)), tmp_path / "model")
     content = json.loads((tmp_path / "model" / "model.json").read_text())
-    assert content["largest_component"] == ["MYO"]
-    assert export.read_model(tmp_path / "model").largest_component == (2,)
+    assert content["largest_component"] == ["RV + MYO + LV", "MYO"]
+    assert export.read_model(tmp_path / "model").largest_component == ((1, 2, 3), 2)
 
 
 def test_only_what_predicts_is_exported(exported):

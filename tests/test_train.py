@@ -106,12 +106,18 @@ def test_results_tell_the_whole_run(finished):
 
 
 @pytest.mark.parametrize(
-    ("choice", "names"), [("no", []), ("yes", ["RV", "MYO", "LV"]), ("by_masks", ["MYO"])]
+    ("choice", "names"),
+    [
+        ("no", []),
+        ("yes", ["RV", "MYO", "LV"]),
+        ("by_masks", ["MYO"]),
+        ("together_by_masks", ["RV + MYO + LV", "MYO"]),
+    ],
 )
 def test_the_choice_of_largest_components_is_written(
     choice, names, data_dir, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(setup, "classes_in_one_piece", lambda prepared, volume_ids: (2,))
+    monkeypatch.setattr(setup, "classes_in_one_piece", lambda prepared, ids: ((1, 2, 3), 2))
     config = tiny_config(data_dir)
     config.predictions.largest_component = choice
     with start_run(config, tmp_path / "run").lock:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from lclseg.components import one_piece
+from lclseg.components import Kind, one_piece
 from lclseg.cores import usable_cores
 from lclseg.data import nifti, orientation
 from lclseg.data.layouts import Files
@@ -40,7 +40,7 @@ class Survey(NamedTuple):
     voxels: dict[int, int]
     reach_mm: tuple[float, ...]
     warnings: tuple[str, ...] = ()
-    one_piece: tuple[int, ...] = ()
+    one_piece: tuple[Kind, ...] = ()
 
     @property
     def case_id(self) -> str:

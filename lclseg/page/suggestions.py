@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lclseg.components import largest_component
+from lclseg.components import Kind, largest_component
 from lclseg.data import own_data
 from lclseg.data.dataset import PreparedSet
 from lclseg.page import figures, pictures
@@ -40,7 +40,7 @@ def page(
     network: Callable[[np.ndarray], np.ndarray],
     suggestions: Sequence[Suggestion],
     *,
-    keep_largest: Sequence[int],
+    keep_largest: Sequence[Kind],
 ) -> str:
     """The page, as HTML.
 
@@ -69,7 +69,7 @@ def _poorest(
     chosen: Sequence[Suggestion],
     prepared: PreparedSet,
     network: Callable[[np.ndarray], np.ndarray],
-    keep_largest: Sequence[int],
+    keep_largest: Sequence[Kind],
 ) -> Iterator[str]:
     keys = (key(n, c, "area") for n, c in zip(prepared.class_names, PALETTE * 40, strict=False))
     yield legend(keys, "<span>areas: what the network sees</span>")

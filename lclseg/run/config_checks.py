@@ -39,8 +39,8 @@ CHOICES = {
         "cross_entropy",
         "batch_dice_and_cross_entropy",
     ),
-    "pseudo_labels.largest_component": ("no", "yes", "by_masks"),
-    "predictions.largest_component": ("no", "yes", "by_masks"),
+    "pseudo_labels.largest_component": ("no", "yes", "by_masks", "together_by_masks"),
+    "predictions.largest_component": ("no", "yes", "by_masks", "together_by_masks"),
     "optimizer.schedule": ("constant", "cosine"),
     "model.dtype": ("float32", "bfloat16"),
 }

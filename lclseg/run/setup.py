@@ -11,6 +11,7 @@ import jax
 from ml_collections import ConfigDict
 
 from lclseg import steps
+from lclseg.components import Kind, names_of
 from lclseg.cores import usable_cores
 from lclseg.data import own_data, preprocess
 from lclseg.data.dataset import PreparedSet, open_builder, open_prepared, preprocessing_of
@@ -49,7 +50,8 @@ class Run:
       prepared: the data set.
       split: volume ids by role.
       model: the U-Net.
-      one_piece: classes that are one piece in all masks of labelled volumes.
+      one_piece: classes that are one piece in all masks of labelled volumes, and first all of them
+        together, where these are.
       method: what is trained after the first stage; its contract: `methods.contract.Method`.
       key: the run's random key; `random_keys.named_key` gives each purpose its own.
       programs: by kind of stage, "first" and "joint".
@@ -62,7 +64,7 @@ class Run:
     workdir: Path
     prepared: PreparedSet
     split: Split
-    one_piece: tuple[int, ...]
+    one_piece: tuple[Kind, ...]
     model: UNet
     method: Method
     key: jax.Array
@@ -71,10 +73,14 @@ class Run:
     stop_asked: Callable[[], bool]
     lock: TextIO
 
-    def classes_in_one_piece(self, choice: str) -> tuple[int, ...]:
-        """Of which classes the largest component is kept, by a config's "no", "yes", "by_masks"."""
-        everything = tuple(range(1, self.prepared.num_classes))
-        return {"no": (), "yes": everything, "by_masks": self.one_piece}[choice]
+    def classes_in_one_piece(self, choice: str) -> tuple[Kind, ...]:
+        """Of which classes the largest component is kept, by a config's choice."""
+        return {
+            "no": (),
+            "yes": tuple(range(1, self.prepared.num_classes)),
+            "by_masks": tuple(k for k in self.one_piece if not isinstance(k, tuple)),
+            "together_by_masks": self.one_piece,
+        }[choice]
 
 
 def set_up_process(config: ConfigDict) -> None:
@@ -195,7 +201,7 @@ def start_run(
         lock=held,
     )
     kept = run.classes_in_one_piece(config.predictions.largest_component)
-    names = [prepared.class_names[k - 1] for k in kept]
+    names = names_of(kept, prepared.class_names)
     write_json(workdir / "postprocessing.json", {"largest_component": names})
     return run
 
