@@ -2,7 +2,7 @@
 
   python -m lclseg.main --config=configs/acdc_short.py --config.data.manual_dir=ACDC/training
 
-Expected: test Dice 0.82 (mean of five splits) on the development test volumes of sweeps/acdc.py,
+Expected: test Dice 0.83 (mean of five splits) on the development test volumes of sweeps/acdc.py,
 in some 10 minutes on two CPU cores.
 
 Patients are those of acdc.py. The method is self-training; sweeps/acdc.py compares it with others.
@@ -27,6 +27,10 @@ def get_config(method: str = "self_training") -> ConfigDict:
     # The pool's scans are turned by up to 120 degrees against each other in the plane of slices.
     config.augment.strong_rotation_degrees = 90.0  # chosen in sweeps/recipe_acdc.py
     config.rounds.refresh_slices = 0  # the whole pool, 460 slices
+    # Chosen by the pools of sweeps/acdc.py: a false piece of one class that is larger than the
+    # right one is no part of the heart.
+    for group in (config.pseudo_labels, config.predictions):
+        group.largest_component = "together_by_masks"
     if config.method.name == "self_training":  # chosen in sweeps/recipe_acdc.py
         config.method.weight = 0.5
         config.method.copy_paste = True

@@ -30,6 +30,8 @@ BASE = {
     "data.pool": tuple(p for p in acdc["POOL"] if p not in TEST),
     "data.test_patients": TEST,
     "augment.strong_rotation_degrees": 45.0,
+    "pseudo_labels.largest_component": "by_masks",
+    "predictions.largest_component": "by_masks",
 }
 TURNED = {"augment.strong_rotation_degrees": 90.0}
 
@@ -47,5 +49,8 @@ ROWS = {
     "BCP, 90 degrees": {"method": "bcp"} | TURNED,
     "self-training, weight 0.5, copy-paste, 90 degrees, cosine": (
         self_training(0.5, copy_paste=True) | TURNED | {"optimizer.schedule": "cosine"}
+    ),
+    "self-training, weight 0.5, copy-paste, 90 degrees, labels every 25 steps": (
+        self_training(0.5, copy_paste=True) | TURNED | {"rounds.refresh_every": 25}
     ),
 }
