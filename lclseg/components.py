@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from scipy import ndimage
 
-Kind = int | tuple[int, ...]  # a foreground class, or several taken together
+from lclseg.class_groups import Kind, members_of
 
 STRAY = 0.01  # share of a class that may lie apart, as specks of a mask, and it is still one piece
 
@@ -34,29 +34,6 @@ def one_piece(labels: Iterable[np.ndarray], classes: Sequence[Kind]) -> tuple[Ki
                 if np.count_nonzero(kept) < (1 - STRAY) * size:
                     apart.add(kind)
     return tuple(kind for kind in classes if kind in shown - apart)
-
-
-def members_of(kind: Kind) -> tuple[int, ...]:
-    """The classes of a tuple, or the one class."""
-    return kind if isinstance(kind, tuple) else (kind,)
-
-
-def names_of(classes: Sequence[Kind], class_names: Sequence[str]) -> list[str]:
-    """Their names; of several taken together joined: (1, (1, 2)) -> "RV", "RV + MYO"."""
-    return [" + ".join(class_names[k - 1] for k in members_of(kind)) for kind in classes]
-
-
-def classes_of(names: Sequence[str], class_names: Sequence[str]) -> tuple[Kind, ...]:
-    """The reverse of `names_of`; raises ValueError for a name that is none of a class."""
-    number = {name: k for k, name in enumerate(class_names, start=1)}
-    found: list[Kind] = []
-    for name in names:
-        parts = [name] if name in number else name.split(" + ")
-        if unknown := [part for part in parts if part not in number]:
-            raise ValueError(f"found {unknown[0]!r}; wanted one of {', '.join(class_names)}")
-        numbers = tuple(number[part] for part in parts)
-        found.append(numbers if len(numbers) > 1 else numbers[0])
-    return tuple(found)
 
 
 def largest_component(

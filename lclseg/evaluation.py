@@ -8,7 +8,8 @@ from typing import NamedTuple
 import numpy as np
 
 from lclseg import metrics
-from lclseg.components import Kind, largest_component, one_piece
+from lclseg.class_groups import Kind
+from lclseg.components import largest_component, one_piece
 from lclseg.data import grid, nifti
 from lclseg.data.dataset import PreparedSet
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from lclseg import steps
-from lclseg.components import Kind, classes_of, names_of
+from lclseg.class_groups import Kind, classes_of, names_of
 from lclseg.data import preprocess
 from lclseg.data.dataset import open_builder, preprocessing_of
 from lclseg.data.preprocess import Preprocessing

@@ -17,7 +17,8 @@ import numpy as np
 from tqdm import tqdm
 
 from lclseg import evaluation, export, metrics, model_files
-from lclseg.components import Kind, largest_component, names_of
+from lclseg.class_groups import Kind, names_of
+from lclseg.components import largest_component
 from lclseg.cores import usable_cores
 from lclseg.data import grid, nifti, orientation, preprocess
 from lclseg.data.layouts import (

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from lclseg import evaluation, metrics
-from lclseg.components import Kind, largest_component
+from lclseg.class_groups import Kind
+from lclseg.components import largest_component
 from lclseg.data import nifti
 from lclseg.data.dataset import PreparedSet
 from lclseg.errors import UserError

@@ -14,6 +14,7 @@ LEAVES = {
     f"lclseg.{name}"
     for name in (
         "augment",
+        "class_groups",
         "components",
         "components_2d",
         "convolution",
@@ -27,7 +28,9 @@ LEAVES = {
         "rules",
     )
 }
-MATHEMATICS = LEAVES - {f"lclseg.{name}" for name in ("cores", "models", "random_keys", "rules")}
+MATHEMATICS = LEAVES - {
+    f"lclseg.{name}" for name in ("class_groups", "cores", "models", "random_keys", "rules")
+}
 SHARED_BY_METHODS = {
     "lclseg.methods.base",
     "lclseg.methods.contract",

@@ -5,7 +5,8 @@ import itertools
 import numpy as np
 import pytest
 
-from lclseg.components import classes_of, largest_component, names_of, one_piece
+from lclseg.class_groups import classes_of, names_of
+from lclseg.components import largest_component, one_piece
 from lclseg.losses import IGNORE
 
 

@@ -10,7 +10,8 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from lclseg.components import Kind, one_piece
+from lclseg.class_groups import Kind
+from lclseg.components import one_piece
 from lclseg.cores import usable_cores
 from lclseg.data import nifti, orientation
 from lclseg.data.layouts import Files

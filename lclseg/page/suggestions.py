@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lclseg.components import Kind, largest_component
+from lclseg.class_groups import Kind
+from lclseg.components import largest_component
 from lclseg.data import own_data
 from lclseg.data.dataset import PreparedSet
 from lclseg.page import figures, pictures

@@ -11,7 +11,7 @@ import jax
 from ml_collections import ConfigDict
 
 from lclseg import steps
-from lclseg.components import Kind, names_of
+from lclseg.class_groups import Kind, names_of
 from lclseg.cores import usable_cores
 from lclseg.data import own_data, preprocess
 from lclseg.data.dataset import PreparedSet, open_builder, open_prepared, preprocessing_of
