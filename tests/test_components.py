@@ -133,7 +133,7 @@ def test_classes_in_one_piece():
 def test_several_classes_together_keep_the_piece_that_holds_most_of_them(seed):
     """Against the definition, piece by piece: the sum over classes of the share that it holds."""
     rng = np.random.default_rng(seed)
-    label = rng.choice(5, (4, 7, 6), p=[0.8, 0.05, 0.05, 0.05, 0.05]).astype(np.uint8)
+    label = rng.choice(5, (4, 7, 6), p=[0.83, 0.12, 0.02, 0.01, 0.02]).astype(np.uint8)
     together = np.isin(label, (1, 2, 4)).astype(np.uint8)
     best, best_shares = None, -1.0
     while together.any():

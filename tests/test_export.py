@@ -82,7 +82,7 @@ def test_a_folder_of_version_2_stays_readable(copy):
 
 
 def test_largest_components_are_read_back(model, tmp_path):
-    """MYO alone, which the run itself does not choose."""
+    """All together, then MYO, which the run itself does not choose."""
     export.write_model(model._replace(largest_component=((1, 2, 3), 2)), tmp_path / "model")
     content = json.loads((tmp_path / "model" / "model.json").read_text())
     assert content["largest_component"] == ["RV + MYO + LV", "MYO"]
