@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+import lclseg
+
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("lclseg", "tfds_builders")
 
@@ -129,9 +131,9 @@ def test_tensorflow_is_imported_nowhere(folder):
 
 
 def test_version_is_the_same_everywhere(setup_cfg):
-    version = setup_cfg["metadata"]["version"]
+    assert setup_cfg["metadata"]["version"] == "attr: lclseg.__version__"
     citation = (ROOT / "CITATION.cff").read_text()
-    assert re.search(r"^version: (\S+)$", citation, re.MULTILINE)[1] == version
+    assert re.search(r"^version: (\S+)$", citation, re.MULTILINE)[1] == lclseg.__version__
 
 
 # Makes .venv with itself as its Python, and notes what it is asked to do.

@@ -1,15 +1,19 @@
 """A workdir has one writer at a time, and is free as soon as that one has ended, however."""
 
+import importlib.metadata
 import os
 import platform
 import runpy
 import signal
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 
+import lclseg
+from lclseg.data.splits import Split
 from lclseg.errors import ConfigError
 from lclseg.page.recorded import read_run
 from lclseg.run import workdir as workdirs
@@ -40,6 +44,21 @@ def holder(tmp_path):
 
 def config():
     return runpy.run_path(str(ROOT / "configs" / "phantom.py"))["get_config"]("local_contrastive")
+
+
+def test_a_checkout_need_not_be_installed(monkeypatch):
+    def version(package):
+        if package == "lclseg":
+            raise importlib.metadata.PackageNotFoundError(package)
+        return f"{package}'s"
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    prepared = types.SimpleNamespace(
+        name="n", description="d", class_names=(), image_size=8, target_spacing_mm=1.0
+    )
+    split = Split(labeled=(), unlabeled=(), validation=(), test=())
+    versions = workdirs.new_results(config(), prepared, split)["versions"]
+    assert versions["lclseg"] == lclseg.__version__ and versions["jax"] == "jax's"
 
 
 def test_a_second_writer_is_told_who_the_first_is(holder, tmp_path):

@@ -10,5 +10,12 @@ acdc = runpy.run_path(str(Path(__file__).parent / "acdc.py"))
 
 CONFIG, PAIRS = acdc["CONFIG"], acdc["PAIRS"]
 BASE = acdc["BASE"] | {"rounds.steps_per_round": 1600}
-ROWS = {name: acdc["ROWS"][name] for name in ("supervised", "self-training, copy-paste")}
+ROWS = {
+    name: acdc["ROWS"][name]
+    for name in (
+        "supervised",
+        "self-training, copy-paste",
+        "self-training, copy-paste, classes together",
+    )
+}
 ROWS["all labels"] = acdc["ROWS"]["all labels"] | {"rounds.baseline_steps": 2000}

@@ -13,6 +13,7 @@ from typing import TextIO
 import jax
 from ml_collections import ConfigDict
 
+import lclseg
 from lclseg.data.dataset import PreparedSet
 from lclseg.data.splits import Split
 from lclseg.errors import ConfigError, UserError
@@ -21,7 +22,7 @@ from lclseg.run.stored_config import as_now, refused_changes, to_store
 # The file that is locked: what it says is for who reads it, the lock itself is the system's.
 LOCK = "lock"
 logger = logging.getLogger("lclseg")
-PACKAGES = ("lclseg", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
 def new_results(config: ConfigDict, prepared: PreparedSet, split: Split) -> dict:
@@ -37,7 +38,9 @@ def new_results(config: ConfigDict, prepared: PreparedSet, split: Split) -> dict
         "num_labeled": config.data.num_labeled,
         "split": config.data.split,
         "volumes": {role: list(ids) for role, ids in split._asdict().items()},
-        "versions": {p: importlib.metadata.version(p) for p in PACKAGES}
+        # lclseg's own from the code that runs: a checkout need not be installed.
+        "versions": {"lclseg": lclseg.__version__}
+        | {p: importlib.metadata.version(p) for p in PACKAGES}
         | {"python": platform.python_version()},
         "device": {
             "kind": device.device_kind,
