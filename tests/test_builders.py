@@ -4,6 +4,7 @@ import concurrent.futures
 import gzip
 import json
 import os
+import runpy
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ import pytest
 from lclseg.data import bias_field, grid
 from lclseg.data.dataset import open_prepared
 from lclseg.data.nifti import VolumeError
+from lclseg.run import setup
 from tfds_builders import slices
 from tfds_builders.acdc import acdc_dataset_builder as acdc
 from tfds_builders.hippocampus import hippocampus_dataset_builder as hippocampus
@@ -258,6 +260,39 @@ def test_acdc_end_systole_follows_end_diastole(tmp_path):
         ("patient003_frame12", "patient003", False),
     ]
     assert [c.volume_id for c in acdc.find_cases(tmp_path)] == ["patient003_frame01"]
+
+
+@pytest.mark.parametrize(
+    ("frames", "pool", "test"),
+    [
+        ("end_diastolic", ["patient002_frame01"], ["patient090_frame04"]),
+        ("both_in_pool", ["patient002_frame01", "patient002_frame12"], ["patient090_frame04"]),
+        (
+            "both",
+            ["patient002_frame01", "patient002_frame12"],
+            ["patient090_frame04", "patient090_frame11"],
+        ),
+    ],
+)
+def test_acdc_frames_of_a_config(acdc_place, frames, pool, test):
+    """From the config to the volumes of each role, through the builder."""
+    place, root = acdc_place
+    config = runpy.run_path(str(ROOT / "configs" / "acdc_short.py"))["get_config"]("supervised")
+    config.rounds.num_rounds = 0
+    config.data.update(
+        data_dir=str(place / "prepared"),
+        manual_dir=str(root),
+        image_size=32,
+        n4_shrink_factor=0,
+        frames=frames,
+        labeled=("patient001",),
+        unlabeled=("patient002",),
+        num_validation=0,
+        test=("patient090",),
+    )
+    _, split = setup.open_data(config)
+    assert list(split.unlabeled) == pool
+    assert list(split.test) == test
 
 
 def test_acdc_files_that_were_unpacked(tmp_path):

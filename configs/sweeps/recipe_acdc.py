@@ -53,4 +53,7 @@ ROWS = {
     "self-training, weight 0.5, copy-paste, 90 degrees, labels every 25 steps": (
         self_training(0.5, copy_paste=True) | TURNED | {"rounds.refresh_every": 25}
     ),
+    "self-training, weight 0.5, copy-paste, 90 degrees, end-systolic frames in the pool": (
+        self_training(0.5, copy_paste=True) | TURNED | {"data.frames": "both_in_pool"}
+    ),
 }

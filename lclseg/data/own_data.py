@@ -728,7 +728,9 @@ def check_classes(label_values: Sequence[int], class_names: Sequence[str]) -> No
 
 
 def builder_options(data: ConfigDict) -> dict:
-    """What `open_prepared` needs besides the grid, of a complete config; {} for other data sets."""
+    """What `open_prepared` needs besides the grid, of a complete config, as the builder has it."""
+    if "frames" in data:  # ACDC
+        return {"both_frames": data.frames != "end_diastolic"}
     if data.name != NAME:
         return {}
     ignored = data.get("ignore_value", -1)
