@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted([ROOT / "README.md", *DOCS.glob("*.md")])
 LINK = re.compile(r"\]\(\s*([^)\s]+)\s*\)")
-CONFIGS = [ROOT / "configs" / f"{name}.py" for name in ("default", "nifti_folder")]
+CONFIGS = [ROOT / "configs" / f"{name}.py" for name in ("default", "nifti_folder", "acdc")]
 
 
 def without_code(text):
