@@ -93,7 +93,6 @@ def complete(folder, **data):
 def test_another_data_set_is_left_alone():
     config = runpy.run_path(str(ROOT / "configs" / "phantom.py"))["get_config"]("local_contrastive")
     assert own_data.complete(config) == (config, "")
-    assert own_data.builder_options(config.data) == {}
 
 
 # Foreground of a: x 10..12 of 40, y 20..24 of 30: 10 voxels from the centre to the outer edge along

@@ -728,11 +728,7 @@ def check_classes(label_values: Sequence[int], class_names: Sequence[str]) -> No
 
 
 def builder_options(data: ConfigDict) -> dict:
-    """What `open_prepared` needs besides the grid, of a complete config; {} for most data sets."""
-    if "frames" in data:  # ACDC
-        return {"both_frames": data.frames != "end_diastolic"}
-    if data.name != NAME:
-        return {}
+    """What `open_prepared` needs besides the grid, of a complete config of own data."""
     ignored = data.get("ignore_value", -1)
     return {
         "folder_name": Path(data.manual_dir).expanduser().resolve().name,

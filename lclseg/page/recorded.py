@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from lclseg.data import own_data
+from lclseg.data.builder_options import options_of
 from lclseg.data.dataset import PreparedSet, open_prepared
 from lclseg.data.nifti import VolumeError
 from lclseg.errors import UserError
@@ -180,8 +180,7 @@ def find_prepared(config: dict) -> tuple[PreparedSet | None, str]:
     data = config["data"]
     grid = {k: v for k, v in data.items() if k in keys}  # an old config may lack one
     try:
-        options = own_data.builder_options(ConfigDict(data))
-        return open_prepared(**grid, options=options, prepare=False), ""
+        return open_prepared(**grid, options=options_of(ConfigDict(data)), prepare=False), ""
     except VolumeError as error:
         return None, str(error)
 

@@ -14,6 +14,7 @@ from lclseg import steps
 from lclseg.class_groups import Kind, names_of
 from lclseg.cores import usable_cores
 from lclseg.data import own_data, preprocess
+from lclseg.data.builder_options import options_of
 from lclseg.data.dataset import PreparedSet, open_builder, open_prepared, preprocessing_of
 from lclseg.data.splits import Split, resolve_split
 from lclseg.errors import ConfigError
@@ -115,7 +116,7 @@ def open_data(config: ConfigDict) -> tuple[PreparedSet, Split]:
         "target_spacing_mm": config.data.target_spacing_mm,
         "n4_shrink_factor": config.data.n4_shrink_factor,
         "data_dir": config.data.data_dir,
-        "options": own_data.builder_options(config.data),
+        "options": options_of(config.data),
     }
     # The builder knows the classes before it has prepared a volume.
     builder = open_builder(config.data.name, **grid)
