@@ -83,9 +83,13 @@ def get_config(method: str = "local_contrastive") -> ConfigDict:
     # that the piece of foreground that holds most of the classes, if it is one in all masks, too.
     pseudo_labels.largest_component = "no"
     pseudo_labels.min_confidence = 0.0  # pixels less certain than this are not learnt from
+    # A slice's prediction is the mean over the slice and two copies of it, turned as far as
+    # training turns slices, either way.
+    pseudo_labels.test_time_augmentation = False
 
     predictions = config.predictions = ConfigDict()
     predictions.largest_component = "by_masks"  # of what is handed out; tested with and without
+    predictions.test_time_augmentation = False  # as above; in validation and tests, too
 
     optimizer = config.optimizer = ConfigDict()
     optimizer.learning_rate = 1e-3  # Adam

@@ -228,6 +228,14 @@ def warp_coordinates(matrix, displacement):
     )
 
 
+def read_linear(image, coordinates):
+    """Reads an image [H, W] or [H, W, K] at `coordinates` [2, H', W'], linearly; 0 outside."""
+    read = functools.partial(
+        map_coordinates, coordinates=coordinates, order=1, mode="constant", cval=0
+    )
+    return read(image) if image.ndim == 2 else jax.vmap(read, in_axes=-1, out_axes=-1)(image)
+
+
 def warp(image, label, coordinates):
     """Reads image (linear) and label (nearest) at `coordinates`; 0 outside the slice.
 
@@ -241,10 +249,7 @@ def warp(image, label, coordinates):
       pixel beyond an edge the image fades linearly to 0; the label becomes 0 half a pixel beyond
       it.
     """
-    read = functools.partial(
-        map_coordinates, coordinates=coordinates, order=1, mode="constant", cval=0
-    )
-    image = read(image) if image.ndim == 2 else jax.vmap(read, in_axes=-1, out_axes=-1)(image)
+    image = read_linear(image, coordinates)
     label = map_coordinates(label, coordinates, order=0, mode="constant", cval=0)
     return image, label
 

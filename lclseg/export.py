@@ -25,27 +25,35 @@ from lclseg.data.preprocess import Preprocessing, is_whole
 from lclseg.errors import in_words
 from lclseg.model_files import ModelError, TrainedModel, class_numbers, kept_largest
 from lclseg.page import tables
+from lclseg.rules import is_number
 from lclseg.run import devices
 from lclseg.run.config_checks import CHOICES
 from lclseg.run.workdir import write_json
 
 MODEL_FILE, PARAMETERS_FILE, CARD_FILE = "model.json", "parameters.npz", "README.md"
 FORMAT = "lclseg model"
-# Of the folder; rises when an older lclseg would read it wrongly. Version 2 kept every component.
-VERSION, READABLE = 3, (2, 3)
+# Of the folder; rises when an older lclseg would read it wrongly. Version 2 kept every component,
+# and version 3 predicted each slice as it is.
+VERSION, READABLE = 4, (2, 4)
+LISTS_SINCE = {"largest_component": 3, "angles": 4}  # version that first had the key
 MAX_BATCH, MAX_FILTERS, MAX_LEVELS = 4096, 2**14, 12
 MAX_JSON_BYTES = 2**20
+MAX_ANGLES = 64
 
 WANTED = {
     "format": (lambda v: v == FORMAT, repr(FORMAT)),
     "version": (
         lambda v: is_whole(v, *READABLE),
-        f"{READABLE[0]} or {READABLE[1]}, which this lclseg reads",
+        f"{READABLE[0]} to {READABLE[1]}, which this lclseg reads",
     ),
     "preprocessing": (lambda v: isinstance(v, dict), "an object"),
     "architecture": (lambda v: isinstance(v, dict), "an object"),
     "batch_size": (lambda v: is_whole(v, 1, MAX_BATCH), f"1..{MAX_BATCH}"),
     "largest_component": (lambda v: isinstance(v, list), "a list of names of classes"),
+    "angles": (
+        lambda v: isinstance(v, list) and len(v) <= MAX_ANGLES and all(map(is_number, v)),
+        f"a list of up to {MAX_ANGLES} numbers, radians",
+    ),
     "facts": (lambda v: _are_facts(v), "an object with dataset, stage, step, validation_dice"),
 }
 WANTED_ARCHITECTURE = {
@@ -91,6 +99,7 @@ def write_model(model: TrainedModel, folder: Path) -> None:
         "architecture": model.architecture,
         "batch_size": model.batch_size,
         "largest_component": kept_largest(model),
+        "angles": list(model.angles),
         "facts": model.facts,
     }
     write_json(folder / MODEL_FILE, content)
@@ -117,7 +126,9 @@ def read_model(folder: Path) -> TrainedModel:
             preprocess.check_values(
                 {k: v for k, v in content.items() if k in first}, first, str(path)
             )
-            content.setdefault("largest_component", [])  # version 2 has none
+            for key, since in LISTS_SINCE.items():
+                if content["version"] < since:
+                    content.setdefault(key, [])
         preprocess.check_values(content, WANTED, str(path))
         how = preprocess.from_json(content["preprocessing"], f"{path}, preprocessing")
         architecture = content["architecture"]
@@ -138,6 +149,7 @@ def read_model(folder: Path) -> TrainedModel:
         architecture=architecture,
         batch_size=content["batch_size"],
         largest_component=class_numbers(content["largest_component"], how, str(path)),
+        angles=tuple(content["angles"]),
         state=model_files.inference_state(tree["params"], tree["batch_stats"]),
         facts=content["facts"],
     )

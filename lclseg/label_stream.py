@@ -114,7 +114,13 @@ def predict_labels(run: Run, replicated, volume_ids: Sequence[str]) -> np.ndarra
         finish, label = _as_bytes(options.min_confidence), label_of_bytes
     predictions = evaluation.predict_volumes(
         # Not stoppable: it belongs to the step before it.
-        predictor(run, replicated, finish=finish, stoppable=False),
+        predictor(
+            run,
+            replicated,
+            test_time_augmentation=options.test_time_augmentation,
+            finish=finish,
+            stoppable=False,
+        ),
         run.prepared,
         sorted(volume_ids, key=lambda v: run.prepared.volumes[v].first_slice),
         batch_size=run.config.data.eval_batch_size,

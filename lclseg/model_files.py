@@ -18,7 +18,7 @@ from lclseg.errors import UserError
 from lclseg.methods.base import base_of, method_of
 from lclseg.models import UNet
 from lclseg.run import checkpoint
-from lclseg.run.programs import first_method, make_optimizer
+from lclseg.run.programs import copy_angles, first_method, make_optimizer
 from lclseg.run.workdir import chosen_stage, read_json
 
 LAST = "last"  # in place of a stage's name: the newest weights of the last one
@@ -38,6 +38,7 @@ class TrainedModel(NamedTuple):
       architecture: {"filters": [...], "dtype": str} of the U-Net.
       batch_size: slices at once.
       largest_component: classes of which a prediction keeps the largest component alone.
+      angles: radians, of the copies whose mean a prediction is; (): of none, see `test_time`.
       state: averaged weights and BatchNorm's statistics of trunk and segmentation head; nothing
         that only training needs. Of several networks those of the first.
       facts: JSON-ready, where the model comes from: see `_facts`.
@@ -48,6 +49,7 @@ class TrainedModel(NamedTuple):
     architecture: dict
     batch_size: int
     largest_component: tuple[Kind, ...]
+    angles: tuple[float, ...]
     state: steps.TrainState
     facts: dict
 
@@ -136,6 +138,7 @@ def load_run(workdir: Path, stage: str | None = None) -> TrainedModel:
         architecture=architecture,
         batch_size=config.data.eval_batch_size,
         largest_component=_largest_component(workdir, how),
+        angles=copy_angles(config) if _averages_copies(config) else (),
         state=inference_state(state.ema_params, state.batch_stats),
         facts=_facts(workdir, config, stage, step, dice),
     )
@@ -248,6 +251,11 @@ def _largest_component(workdir: Path, how: Preprocessing) -> tuple[Kind, ...]:
         return ()
     names = content.get("largest_component") if isinstance(content, dict) else content
     return class_numbers(names, how, str(path))
+
+
+def _averages_copies(config: ConfigDict) -> bool:
+    """Whether the run's predictions are means over copies; not in a run from before there were."""
+    return config.get("predictions", {}).get("test_time_augmentation", False)
 
 
 def _facts(workdir: Path, config: ConfigDict, stage: str, step: int, dice: float | None) -> dict:

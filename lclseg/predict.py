@@ -222,9 +222,9 @@ def mean_predictor(models: Sequence[TrainedModel]) -> evaluation.Predict:
     """Maps slices [M, H, W] to the mean of the models' probabilities [M, H, W, C]."""
     predictors = [
         devices.batched_predictor(
-            devices.compiled_predict(model_files.unet(m.preprocessing, m.architecture)),
+            devices.compiled_predict(model_files.unet(m.preprocessing, m.architecture), m.angles),
             devices.replicate(m.state),
-            batch_size=m.batch_size,
+            batch_size=-(-m.batch_size // (1 + len(m.angles))),
         )
         for m in models
     ]

@@ -23,6 +23,7 @@ import numpy as np
 import optax
 from scipy import special
 
+from lclseg import test_time
 from lclseg.losses import IGNORE
 from lclseg.methods.contract import Augment, Slices, Term
 from lclseg.models import BATCH_NORM_MOMENTUM, Net, UNet
@@ -345,14 +346,22 @@ def batch_statistics(
     }
 
 
-def predict_step(state: TrainState, images: Array, *, model: UNet) -> Array:
-    """Class probabilities [B, H, W, C] of slices [B, H, W], by the averaged weights."""
+def predict_step(
+    state: TrainState, images: Array, *, model: UNet, angles: Sequence[float] = ()
+) -> Array:
+    """Class probabilities [B, H, W, C] of slices [B, H, W], by the averaged weights.
+
+    With `angles`, radians, the mean over turned copies; see `test_time.mean_over_copies`.
+    """
 
     def run(module, x):
         return module.head(module.trunk(x, train=False), "segmentation", train=False)
 
+    def predict(x):
+        return jax.nn.softmax(nn.apply(run, model)(variables, x), axis=-1)
+
     variables = {"params": state.ema_params, "batch_stats": state.batch_stats}
-    return jax.nn.softmax(nn.apply(run, model)(variables, images), axis=-1)
+    return test_time.mean_over_copies(predict, images, angles)
 
 
 def first_network(state: TrainState) -> TrainState:

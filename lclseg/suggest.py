@@ -132,10 +132,12 @@ def suggest(
     if prepared is None:
         raise RunError(f"{why}; wanted it here: copy it, or train where it is")
     network = predict.mean_predictor([model])
+    # Its agreement is between single copies: a mean over copies agrees with itself.
+    plain = predict.mean_predictor([model._replace(angles=())])
     flips = quality_gate.has_seen_flips(as_now(config)["augment"])
     ids = roles["unlabeled"]
     seen = progress.each(ids, "looking at the pool", len(ids), leave=False, say=progress.to_stderr)
-    expected = {v: look(network, prepared, v, draws=draws, flips=flips) for v in seen}
+    expected = {v: look(plain, prepared, v, draws=draws, flips=flips) for v in seen}
     files = find_images(config)
     ranked = [
         Suggestion(

@@ -136,7 +136,12 @@ def pseudo_label_pool(
     # Probabilities come to the host, not labels: reports and NIfTI files are in each volume's own
     # geometry, to which probabilities are resampled.
     made = make_pseudo_labels(
-        predictor(run, replicated, finish=refinement(run.config)),
+        predictor(
+            run,
+            replicated,
+            test_time_augmentation=options.test_time_augmentation,
+            finish=refinement(run.config),
+        ),
         run.prepared,
         run.split.unlabeled,
         folder,

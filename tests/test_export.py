@@ -58,6 +58,7 @@ def test_folder_reads_back_to_the_bit(model, exported):
     ]
     again = export.read_model(exported)
     assert again.preprocessing == model.preprocessing
+    assert again.angles == model.angles == pytest.approx(np.deg2rad([15, -15]))
     assert (again.architecture, again.batch_size, again.facts) == (
         model.architecture,
         model.batch_size,
@@ -72,10 +73,14 @@ def assert_same_leaves(ours, theirs):
         np.testing.assert_array_equal(a, b)
 
 
-def test_a_folder_of_version_2_stays_readable(copy):
-    """It knows nothing of largest components, so none are kept."""
+def test_folders_of_older_versions_stay_readable(copy):
+    """They know nothing of turned copies, version 2 nothing of largest components either."""
     path = copy / "model.json"
     content = json.loads(path.read_text())
+    assert content.pop("angles")
+    path.write_text(json.dumps(content | {"version": 3}))
+    model = export.read_model(copy)
+    assert model.angles == () and export.kept_largest(model) == content["largest_component"] != []
     del content["largest_component"]
     path.write_text(json.dumps(content | {"version": 2}))
     assert export.read_model(copy).largest_component == ()
@@ -153,8 +158,8 @@ def test_model_card_of_a_model_that_keeps_every_component(model):
     "values, message",
     [
         ({"format": "other"}, "format is 'other'"),
-        ({"version": 4, "news": 1}, r"version is 4; wanted 2 or 3"),
-        ({"version": 1}, r"version is 1; wanted 2 or 3"),
+        ({"version": 5, "news": 1}, r"version is 5; wanted 2 to 4"),
+        ({"version": 1}, r"version is 1; wanted 2 to 4"),
         ({"version": True}, "version is True"),
         ({"news": 1}, "found 'news', which this version does not know"),
         ({"batch_size": 10**9}, r"batch_size is 1000000000; wanted 1\.\.4096"),
@@ -162,6 +167,8 @@ def test_model_card_of_a_model_that_keeps_every_component(model):
         ({"largest_component": ["RV", "LA"]}, "wanted a list of some of the classes RV, MYO, LV"),
         ({"largest_component": ["RV", "RV"]}, r"largest_component is \['RV', 'RV'\]"),
         ({"largest_component": [1]}, r"largest_component is \[1\]; wanted a list of some"),
+        ({"angles": [1, "2"]}, r"angles is \[1, '2'\]; wanted a list of up to 64 numbers"),
+        ({"angles": [0.0] * 65}, "angles is"),
         ({"facts": {}}, "facts is {}"),
         ({"architecture__filters": [4, "8"]}, r"filters is \[4, '8'\]"),
         ({"architecture__filters": [4] * 7}, "wanted a multiple of 64"),
@@ -184,7 +191,9 @@ def test_values_that_are_refused(copy, values, message):
     assert str(error.value).startswith(str(copy / "model.json"))
 
 
-@pytest.mark.parametrize("key", ["version", "batch_size", "preprocessing", "architecture"])
+@pytest.mark.parametrize(
+    "key", ["version", "batch_size", "preprocessing", "architecture", "angles"]
+)
 def test_values_that_are_missing(copy, key):
     path = copy / "model.json"
     content = json.loads(path.read_text())

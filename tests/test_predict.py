@@ -1,5 +1,6 @@
 """Segmenting NIfTI files with the model of a run: geometry, values, and what is refused."""
 
+import functools
 import json
 import shutil
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk  # noqa: N813
 
-from lclseg import evaluation, export, model_files, predict
+from lclseg import evaluation, export, model_files, predict, test_time
 from lclseg.data import nifti, preprocess
 from lclseg.data.layouts import Files
 from lclseg.data.nifti import VolumeError
@@ -727,22 +728,30 @@ def test_damaged_checkpoints_and_foreign_folders(tiny_run, tmp_path):
 
 
 def test_mean_of_several_models(tiny_run):
-    """Against the network applied by hand."""
+    """Against the network applied by hand, to slices as they are and, by one, to turned ones."""
     model = model_files.load_run(tiny_run[0])
     other = model._replace(
         state=model_files.inference_state(
             jax.tree.map(lambda x: -0.5 * x, model.state.ema_params), model.state.batch_stats
         ),
         batch_size=5,
+        angles=(),
     )
+    assert len(model.angles) == 2
     images = np.random.default_rng(0).random((9, 32, 32), np.float32)
     by_hand = []
     for m in (model, other):
         variables = {"params": m.state.ema_params, "batch_stats": m.state.batch_stats}
-        outputs = model_files.unet(m.preprocessing, m.architecture).apply(
-            variables, jnp.asarray(images), train=False
+        apply = functools.partial(
+            model_files.unet(m.preprocessing, m.architecture).apply, variables, train=False
         )
-        by_hand.append(np.asarray(jax.nn.softmax(outputs["segmentation"], axis=-1)))
+        by_hand.append(
+            test_time.mean_over_copies(
+                lambda x, apply=apply: jax.nn.softmax(apply(x)["segmentation"], axis=-1),
+                jnp.asarray(images),
+                m.angles,
+            )
+        )
     assert np.abs(by_hand[0] - by_hand[1]).max() > 0.1
     mean = predict.mean_predictor([model, other])(images)
     np.testing.assert_allclose(mean, (by_hand[0] + by_hand[1]) / 2, atol=1e-5)

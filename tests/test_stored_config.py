@@ -125,6 +125,10 @@ def test_what_a_baseline_depends_on(by_method):
     later = phantom(rounds__refresh_every=7, crf__num_steps=2, rounds__num_rounds=1)
     assert found(later) == []
     assert found(phantom(optimizer__learning_rate=0.5)) == ["optimizer.learning_rate"]
+    # It is validated by it, and tested. Of largest components a test tells both.
+    assert found(phantom(predictions__largest_component="no")) == []
+    averaged = "predictions.test_time_augmentation"
+    assert found(phantom(predictions__test_time_augmentation=True)) == [averaged]
     # An option of the method counts where the method trains the first stage its own way.
     assert found(phantom(method__temperature=0.5)) == ["method.temperature"] * by_method
     assert ("method.name" in found(phantom("self_training"))) == by_method

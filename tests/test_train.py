@@ -11,6 +11,7 @@ from pathlib import Path
 from unittest import mock
 
 import jax
+import jax.numpy as jnp
 import nibabel as nib
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from ml_collections import ConfigDict
 from small_run import TIMES, logged
 from tensorboardX.proto import event_pb2
 
-from lclseg import report, train
+from lclseg import report, test_time, train
 from lclseg.data.batches import records_of
 from lclseg.errors import ConfigError, NonFiniteLossError
 from lclseg.evaluation import VolumePrediction
@@ -617,8 +618,50 @@ def test_predictions_pass_through_the_refinement(finished, data_dir, tmp_path):
     assert seen == [(4, 4, 32, 32)]
 
 
+def test_the_mean_over_turned_copies_on_all_devices(finished, data_dir):
+    """The network applied to copies that are turned here; what a state is tested by, where asked.
+
+    And no more slices at once than without copies.
+    """
+    workdir, _ = finished
+    config = tiny_config(data_dir)
+    run = start_run(config, workdir)
+    state = devices.replicate(initial_state(run, "first"))
+    images, _ = run.prepared.read_slices(run.prepared.volumes[run.split.test[0]].slices)
+    plain, angle = predictor(run, state), np.deg2rad(config.augment.max_rotation_degrees)
+    total = plain(images)
+    for turn in (angle, -angle):
+        copies = np.asarray(test_time.turned(jnp.asarray(images), turn))
+        total = total + test_time.turned(jnp.asarray(plain(copies)), -turn)
+    expected = np.asarray(total / total.sum(axis=-1, keepdims=True))
+    assert np.abs(expected - plain(images)).max() > 0.01
+    shapes = []
+
+    def look(slices, probs):
+        shapes.append(slices.shape[:2])
+        return probs
+
+    found = predictor(run, state, test_time_augmentation=True, finish=look)(images)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert set(shapes) == {(4, -(-config.data.eval_batch_size // (3 * 4)))}
+    config.predictions.test_time_augmentation = True
+    tested = []
+    evaluate_state(
+        dataclasses.replace(run, config=config),
+        state,
+        run.split.test[:1],
+        stoppable=False,
+        with_distances=False,
+        on_prediction=tested.append,
+    )
+    np.testing.assert_allclose(tested[0].probs, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("averaged", [False, True])
 @pytest.mark.parametrize("crf_steps", [0, 2])
-def test_refreshed_labels_are_those_of_the_probabilities(finished, data_dir, crf_steps):
+def test_refreshed_labels_are_those_of_the_probabilities(
+    finished, data_dir, tmp_path, crf_steps, averaged
+):
     """Where no CRF refines them, a byte a pixel comes from the devices; the same to the bit."""
     workdir, _ = finished
     run = start_run(tiny_config(data_dir), workdir)
@@ -626,10 +669,13 @@ def test_refreshed_labels_are_those_of_the_probabilities(finished, data_dir, crf
     stored = load_pseudo_labels(workdir / "pseudo_labels" / "round_1", run.prepared)
     config = run.config.copy_and_resolve_references()
     config.crf.num_steps = crf_steps
-    config.pseudo_labels.update(largest_component="yes", min_confidence=0.3)
+    config.pseudo_labels.update(
+        largest_component="yes", min_confidence=0.3, test_time_augmentation=averaged
+    )
     run = dataclasses.replace(run, config=config)
     images = run.prepared.read_slices(stored.records)[0]
-    probs = predictor(run, state, finish=refinement(config))(images)
+    how = {"finish": refinement(config), "test_time_augmentation": averaged}
+    probs = predictor(run, state, **how)(images)
     expected, row = [], 0
     for volume_id in sorted(stored.report["volume_ids"]):
         end = row + len(run.prepared.volumes[volume_id].slices)
@@ -644,6 +690,11 @@ def test_refreshed_labels_are_those_of_the_probabilities(finished, data_dir, crf
         np.asarray(call.args[2]).nbytes // call.args[1].size for call in made.mock_calls
     }
     assert bytes_a_pixel == ({2 * 4 * 4} if crf_steps else {1})
+    # And those that a round begins with.
+    best = mock.Mock(state=devices.unreplicate(state), stage=mock.Mock())
+    best.stage.name = "baseline"
+    made = train.pseudo_label_pool(dataclasses.replace(run, workdir=tmp_path), best, 1, None)
+    np.testing.assert_array_equal(made.labels, expected)
 
 
 def test_a_part_of_the_pool_is_labelled_anew(finished, data_dir, tmp_path):

@@ -56,4 +56,12 @@ ROWS = {
     "self-training, weight 0.5, copy-paste, 90 degrees, end-systolic frames in the pool": (
         self_training(0.5, copy_paste=True) | TURNED | {"data.frames": "both_in_pool"}
     ),
+    "self-training, weight 0.5, copy-paste, 90 degrees, test-time augmentation": (
+        self_training(0.5, copy_paste=True)
+        | TURNED
+        | {
+            "pseudo_labels.test_time_augmentation": True,
+            "predictions.test_time_augmentation": True,
+        }
+    ),
 }

@@ -100,6 +100,8 @@ RULES: dict[str, Rule] = {
     "crf.bilateral_weight": NOT_NEGATIVE,
     "pseudo_labels.min_agreement": THRESHOLD,
     "pseudo_labels.min_confidence": THRESHOLD,
+    "pseudo_labels.test_time_augmentation": YES_NO,
+    "predictions.test_time_augmentation": YES_NO,
     "optimizer.learning_rate": ABOVE_0,
     "optimizer.ema_decay": SHARE_BELOW_1,
     "rounds.baseline_steps": whole(1),

@@ -7,7 +7,7 @@ import functools
 import inspect
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -121,9 +121,12 @@ def on_each(function: Callable) -> Callable:
     return jax.pmap(function, devices=jax.local_devices())
 
 
-def compiled_predict(model: UNet) -> Callable:
-    """(replicated state, images [N, M, H, W]) -> probabilities [N, M, H, W, C]."""
-    return on_each(functools.partial(steps.predict_step, model=model))
+def compiled_predict(model: UNet, angles: Sequence[float] = ()) -> Callable:
+    """(replicated state, images [N, M, H, W]) -> probabilities [N, M, H, W, C].
+
+    With `angles`, radians, means over turned copies; see `test_time.mean_over_copies`.
+    """
+    return on_each(functools.partial(steps.predict_step, model=model, angles=angles))
 
 
 def batched_predictor(

@@ -6,6 +6,7 @@ import jax
 
 from lclseg import evaluation, steps
 from lclseg.run import devices, multihost
+from lclseg.run.programs import copy_angles
 from lclseg.run.setup import Run
 
 
@@ -13,19 +14,24 @@ def predictor(
     run: Run,
     replicated: steps.TrainState,
     *,
+    test_time_augmentation: bool = False,
     finish: Callable | None = None,
     stoppable: bool = True,
 ) -> evaluation.Predict:
     """A state's `batched_predictor`; of several processes, each predicts its part of the slices.
 
-    It stops when asked to, if `stoppable`: not in validation, which belongs to the step before it.
+    With `test_time_augmentation` the mean over turned copies, see `test_time`. It stops when asked
+    to, if `stoppable`: not in validation, which belongs to the step before it.
     """
+    compiled, copies = run.predict, 1
+    if test_time_augmentation:
+        compiled, copies = run.predict_mean, 1 + len(copy_angles(run.config))
     if run.method.networks > 1:
         replicated = jax.vmap(steps.first_network)(replicated)
     predict = devices.batched_predictor(
-        run.predict,
+        compiled,
         replicated,
-        batch_size=-(-run.config.data.eval_batch_size // jax.process_count()),
+        batch_size=-(-run.config.data.eval_batch_size // (jax.process_count() * copies)),
         finish=finish,
         stop_asked=run.stop_asked if stoppable else lambda: False,
     )
@@ -40,7 +46,12 @@ def evaluate_state(
     Probabilities come to the host, not labels: they are resampled to each volume's own geometry.
     """
     return evaluation.evaluate(
-        predictor(run, replicated, stoppable=stoppable),
+        predictor(
+            run,
+            replicated,
+            test_time_augmentation=run.config.predictions.test_time_augmentation,
+            stoppable=stoppable,
+        ),
         run.prepared,
         volume_ids,
         batch_size=run.config.data.eval_batch_size,

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import optax
 from ml_collections import ConfigDict
 
-from lclseg import steps
+from lclseg import steps, test_time
 from lclseg.methods import supervised
 from lclseg.methods.contract import Base, Method
 from lclseg.models import Net, UNet
@@ -45,6 +45,15 @@ class Programs(NamedTuple):
     optimizer: optax.GradientTransformation
     train: Callable
     statistics: Callable
+
+
+def copy_angles(config: ConfigDict) -> tuple[float, ...]:
+    """Angles, radians, of the copies that test-time augmentation predicts; see `test_time`."""
+    augment = config.augment
+    strong = augment.strength == "strong"
+    return test_time.copy_angles(
+        augment.strong_rotation_degrees if strong else augment.max_rotation_degrees
+    )
 
 
 def stages(config: ConfigDict, method: Method) -> list[Stage]:

@@ -29,7 +29,7 @@ from lclseg.run.config_checks import (
     check_config,
     units_per_batch,
 )
-from lclseg.run.programs import Programs, compile_programs, first_method, stages
+from lclseg.run.programs import Programs, compile_programs, copy_angles, first_method, stages
 from lclseg.run.stored_config import (
     MACHINE_KEYS,
     differing_keys,
@@ -57,6 +57,7 @@ class Run:
       key: the run's random key; `random_keys.named_key` gives each purpose its own.
       programs: by kind of stage, "first" and "joint".
       predict: (replicated state, images [N, M, H, W]) -> probs [N, M, H, W, C], compiled.
+      predict_mean: the same, as the mean over turned copies of each slice.
       stop_asked: whether the run shall stop as soon as nothing is lost.
       lock: holds the workdir against other runs until it is closed, see `workdir.lock`.
     """
@@ -71,6 +72,7 @@ class Run:
     key: jax.Array
     programs: dict[str, Programs]
     predict: Callable
+    predict_mean: Callable
     stop_asked: Callable[[], bool]
     lock: TextIO
 
@@ -198,6 +200,7 @@ def start_run(
         key=jax.random.key(config.seed),
         programs=programs,
         predict=devices.compiled_predict(model),
+        predict_mean=devices.compiled_predict(model, copy_angles(config)),
         stop_asked=lambda: multihost.any_process(stop_asked()),
         lock=held,
     )

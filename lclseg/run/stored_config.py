@@ -35,7 +35,7 @@ JOINT_ONLY = (
     "method.",
     "crf.",
     "pseudo_labels.",
-    "predictions.",
+    "predictions.largest_component",
     "rounds.num_rounds",
     "rounds.steps_per_round",
     "rounds.fresh_heads",
