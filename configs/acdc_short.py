@@ -32,6 +32,7 @@ def get_config(method: str = "self_training") -> ConfigDict:
     # right one is no part of the heart.
     for group in (config.pseudo_labels, config.predictions):
         group.largest_component = "together_by_masks"
+        group.test_time_augmentation = True  # chosen in sweeps/recipe_acdc.py
     if config.method.name == "self_training":  # chosen in sweeps/recipe_acdc.py
         config.method.weight = 0.5
         config.method.copy_paste = True

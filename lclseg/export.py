@@ -261,6 +261,12 @@ def model_card(model: TrainedModel) -> str:
             f"\nOf {', '.join(kept)} it keeps the largest connected component alone; with\n"
             "--largest_component=no it keeps every component."
         )
+    if model.angles:
+        degrees = ", ".join(f"{math.degrees(angle):g}" for angle in model.angles)
+        after += (
+            "\nA prediction is the mean over the slice as it is and copies of it, turned by\n"
+            f"{degrees} degrees."
+        )
     method = "supervised"
     if facts["stage"] != "baseline":
         method = f"semi-supervised by the method {facts.get('method', 'local_contrastive')}"

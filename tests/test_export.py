@@ -132,6 +132,8 @@ def test_model_card(tiny_run, model, exported):
     assert f"largest component of {', '.join(model_files.kept_largest(model))}: mean Dice" in card
     for k, (name, value) in enumerate(test["dice_per_class"].items(), start=1):
         assert f"| {name} | {k} | {value:.4f} | {kept['dice_per_class'][name]:.4f} |\n" in card
+    assert "copies of it, turned by\n15, -15 degrees." in card
+    assert "copies" not in export.model_card(model._replace(angles=()))
     for heading in ("Intended use", "Limits", "Licence"):
         assert f"## {heading}" in card
 

@@ -22,17 +22,26 @@ TOGETHER = {
     "pseudo_labels.largest_component": "together_by_masks",
     "predictions.largest_component": "together_by_masks",
 }
+TURNED_COPIES = {
+    "pseudo_labels.test_time_augmentation": True,
+    "predictions.test_time_augmentation": True,
+}
 PAIRS = rows["PAIRS"]
 ROWS = rows["ROWS"] | {
     "all labels": ALL_LABELS,
     "self-training, copy-paste, classes together": rows["ROWS"]["self-training, copy-paste"]
     | TOGETHER,
     "BCP, classes together": rows["ROWS"]["BCP"] | TOGETHER,
+    "self-training, copy-paste, classes together, turned copies": (
+        rows["ROWS"]["self-training, copy-paste"] | TOGETHER | TURNED_COPIES
+    ),
 }
 BASE = {
-    # Most rows were measured with it; see TOGETHER.
+    # Most rows were measured with it; see TOGETHER and TURNED_COPIES.
     "pseudo_labels.largest_component": "by_masks",
     "predictions.largest_component": "by_masks",
+    "pseudo_labels.test_time_augmentation": False,
+    "predictions.test_time_augmentation": False,
     "data.test": tuple(
         f"patient{n:03d}"
         for first, last in ((13, 16), (32, 36), (51, 56), (73, 76), (91, 93), (96, 96))

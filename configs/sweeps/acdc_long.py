@@ -11,5 +11,6 @@ acdc = runpy.run_path(str(Path(__file__).parent / "acdc.py"))
 CONFIG, PAIRS = acdc["CONFIG"], acdc["PAIRS"]
 BASE = acdc["BASE"] | {"rounds.steps_per_round": 1600}
 RECIPE = "self-training, copy-paste"
-ROWS = {n: acdc["ROWS"][n] for n in ("supervised", RECIPE, f"{RECIPE}, classes together")}
+OLDER = RECIPE, f"{RECIPE}, classes together"
+ROWS = {n: acdc["ROWS"][n] for n in ("supervised", *OLDER, f"{OLDER[-1]}, turned copies")}
 ROWS["all labels"] = acdc["ROWS"]["all labels"] | {"rounds.baseline_steps": 2000}

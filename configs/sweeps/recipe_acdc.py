@@ -32,6 +32,8 @@ BASE = {
     "augment.strong_rotation_degrees": 45.0,
     "pseudo_labels.largest_component": "by_masks",
     "predictions.largest_component": "by_masks",
+    "pseudo_labels.test_time_augmentation": False,
+    "predictions.test_time_augmentation": False,
 }
 TURNED = {"augment.strong_rotation_degrees": 90.0}
 
