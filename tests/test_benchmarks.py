@@ -9,7 +9,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from benchmarks import accelerator, grid_limit
+from benchmarks import accelerator, grid_limit, test_time
 
 ROOT = Path(__file__).parents[1]
 MODULES = sorted(p.stem for p in (ROOT / "benchmarks").glob("*.py") if p.stem != "__init__")
@@ -120,3 +120,11 @@ def test_a_measurement_that_no_longer_fits_is_not_begun(monkeypatch):
     with pytest.raises(accelerator.OutOfTimeError, match="0 s are left, the longest .* took 30 s"):
         clock.seconds_of(call, 1)
     assert len(calls) == 6
+
+
+def test_what_turned_copies_are_worth(tiny_run):
+    """The run was tested with copies turned by 15 degrees."""
+    workdir, results = tiny_run
+    plain, turned = test_time.dice_of(workdir, "test", "last", [15.0])
+    tested = list(results["results"].values())[-1]["test_last"]
+    assert turned == pytest.approx(tested["largest_component"]["mean_dice"], abs=1e-6) != plain
