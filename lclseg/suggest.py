@@ -133,7 +133,7 @@ def suggest(
         raise RunError(f"{why}; wanted it here: copy it, or train where it is")
     network = predict.mean_predictor([model])
     # Its agreement is between single copies: a mean over copies agrees with itself.
-    plain = predict.mean_predictor([model._replace(angles=())])
+    plain = predict.mean_predictor([model._replace(angles=())]) if model.angles else network
     flips = quality_gate.has_seen_flips(as_now(config)["augment"])
     ids = roles["unlabeled"]
     seen = progress.each(ids, "looking at the pool", len(ids), leave=False, say=progress.to_stderr)

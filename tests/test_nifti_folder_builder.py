@@ -11,6 +11,7 @@ import pytest
 
 from lclseg import evaluation, export, model_files, predict, report, train
 from lclseg.data import own_data
+from lclseg.data.builder_options import options_of
 from lclseg.data.dataset import open_prepared
 from lclseg.data.nifti import VolumeError
 from lclseg.data.splits import SplitError, draw_lists
@@ -93,6 +94,7 @@ def complete(folder, **data):
 def test_another_data_set_is_left_alone():
     config = runpy.run_path(str(ROOT / "configs" / "phantom.py"))["get_config"]("local_contrastive")
     assert own_data.complete(config) == (config, "")
+    assert options_of(config.data) == {}
 
 
 # Foreground of a: x 10..12 of 40, y 20..24 of 30: 10 voxels from the centre to the outer edge along
