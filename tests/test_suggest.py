@@ -190,6 +190,28 @@ def test_other_data_sets_get_class_numbers(tiny_run, tmp_path):
     assert "takes no masks from outside" in (tmp_path / "s" / "suggestions.html").read_text()
 
 
+def test_the_estimate_is_of_single_copies(tiny_run, tmp_path):
+    """Also where a prediction is the mean over several, which agrees with itself."""
+    workdir, _ = tiny_run
+    (found,) = suggest.suggest(workdir, tmp_path / "s", draws=2)
+    prepared, _ = find_prepared(json.loads((workdir / "config.json").read_text()))
+    entry = prepared.volumes[found.volume_id]
+    image, _ = prepared.read_slices(entry.slices)
+    model = model_files.load_run(workdir)
+    plain, averaged = (
+        quality_gate.expected_dice(
+            np.random.default_rng((0, entry.first_slice)),
+            predict.mean_predictor([m]),
+            image,
+            draws=2,
+            flips=True,
+        )
+        for m in (model._replace(angles=()), model)
+    )
+    assert found.expected_dice == pytest.approx(plain)
+    assert averaged != pytest.approx(plain)
+
+
 def test_masks_keep_the_largest_component(tiny_run, tmp_path):
     """Of the classes that the run says: RV here, not MYO; each in a corner, too."""
     workdir, results = tiny_run
