@@ -130,7 +130,7 @@ def predict_labels(run: Run, replicated, volume_ids: Sequence[str]) -> np.ndarra
 
 def refresher(
     run: Run, stage: Stage, pseudo_labels: PseudoLabels, done: int
-) -> tuple[PseudoLabels, Callable[..., PseudoLabels]]:
+) -> tuple[PseudoLabels, int, Callable[..., PseudoLabels]]:
     """The labels that a stage goes on with after step `done`, and what makes them anew.
 
     Of a large pool a part: volumes with `rounds.refresh_slices` slices, drawn each time, which
@@ -138,8 +138,9 @@ def refresher(
     pool, and no label that is learnt from is older than `rounds.refresh_every` steps.
 
     Returns:
-      The labels; and (state, a copy per device; step of the stage; newest step with a checkpoint)
-      -> labels, which are stored.
+      The labels; the step of the stage at which they were made, 0 for the round's own; and (state,
+      a copy per device; step of the stage; newest step with a checkpoint) -> labels, which are
+      stored.
     """
     stored = StoredLabels(run.workdir / "pseudo_labels" / stage.name)
 
@@ -166,5 +167,5 @@ def refresher(
 
     if newest := stored.newest(done):
         _, rows = drawn_at(newest)
-        return replaced(rows, stored.read(newest)), refresh
-    return pseudo_labels, refresh
+        return replaced(rows, stored.read(newest)), newest, refresh
+    return pseudo_labels, 0, refresh

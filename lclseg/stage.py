@@ -190,11 +190,15 @@ def fit(
         manager = stack.enter_context(checkpoint.open_stage(folder))
         state, done, history, seconds = resume(manager, stage, state, pseudo_labels)
         files = stack.enter_context(open_stage_files(run, stage, done))
+        replicated, number, loaded_until = devices.replicate(state), done, done
         labels, refresh = pseudo_labels, None
         if pseudo_labels is not None:
-            labels, refresh = refresher(run, stage, pseudo_labels, done)
+            labels, made_at, refresh = refresher(run, stage, pseudo_labels, done)
+            # They are not there where the stage was to end here, and has become longer since.
+            if made_at < done and due_at(run, stage, done, stop=False).refresh:
+                with timed(seconds, "pseudo_labels"):
+                    labels = refresh(replicated, done, done)
         slices = slices_of(run, stage.kind, labels)
-        replicated, number, loaded_until = devices.replicate(state), done, done
         logged, key = mark_of(done, seconds), named_key(run.key, "steps")
         while number < num_steps:
             with timed(seconds, "train"):

@@ -356,10 +356,16 @@ def _compiled_once():
             PROGRAMS[name] = compile_programs(config, model, method, num_steps)
         return PROGRAMS[name]
 
-    shared_predict = functools.cache(lambda filters: compiled_predict(UNet(4, filters)))
+    @functools.cache
+    def predict_of(filters, angles):
+        return compiled_predict(UNet(4, filters), angles)
+
+    def shared_predict(model, angles=()):
+        return predict_of(tuple(model.filters), tuple(angles))
+
     with (
         mock.patch.object(setup, "compile_programs", shared_programs),
-        mock.patch.object(devices, "compiled_predict", lambda m: shared_predict(tuple(m.filters))),
+        mock.patch.object(devices, "compiled_predict", shared_predict),
     ):
         yield
     PROGRAMS.clear()
@@ -588,6 +594,19 @@ def test_a_stop_between_two_refreshes_changes_nothing(refreshed, data_dir, tmp_p
     assert_same_end(end_of(tmp_path / "run"), end_of(refreshed))
     ours, theirs = refresh_files(tmp_path / "run"), refresh_files(refreshed)
     np.testing.assert_array_equal(*(f["refreshed_0000006.npz"] for f in (ours, theirs)))
+
+
+def test_a_stage_that_becomes_longer_is_the_longer_stage(refreshed, data_dir, tmp_path):
+    """It was to end after step 4, where the longer one makes its labels anew."""
+    config = run_config(data_dir, "self_training", **REFRESH, **{"rounds.refresh_every": 2})
+    for num_steps in (4, 7):
+        config.rounds.steps_per_round = num_steps
+        train.train_and_evaluate(config, tmp_path / "run")
+    (ours, log), (theirs, whole) = end_of(tmp_path / "run"), end_of(refreshed)
+    # The shorter one's end is validated.
+    end = {"stage": "round_1", "step": 4}.items()
+    log = [x for x in log if not (end <= x.items() and "validation_dice" in x)]
+    assert_same_end((ours, log), (theirs, whole))
 
 
 def test_refreshing_once_a_round_is_the_round_itself(finished, data_dir, tmp_path):

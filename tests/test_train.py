@@ -707,8 +707,8 @@ def test_a_part_of_the_pool_is_labelled_anew(finished, data_dir, tmp_path):
     config.rounds.refresh_slices = 1
     run = dataclasses.replace(run, config=config, workdir=tmp_path)
     stage = stages(config, run.method)[1]
-    labels, refresh = refresher(run, stage, stored, done=0)
-    assert labels is stored
+    labels, made_at, refresh = refresher(run, stage, stored, done=0)
+    assert labels is stored and made_at == 0
     drawn = set()
     for number in range(1, 9):
         labels = refresh(state, number, 0)
@@ -727,6 +727,7 @@ def test_a_part_of_the_pool_is_labelled_anew(finished, data_dir, tmp_path):
             *records_of(run.prepared, run.split.labeled),
         }
     assert len(drawn) > 1
-    again, _ = refresher(run, stage, stored, done=8)
+    again, made_again, _ = refresher(run, stage, stored, done=8)
+    assert made_again == 8
     np.testing.assert_array_equal(again.labels, labels.labels)
     np.testing.assert_array_equal(again.drawn, labels.drawn)
