@@ -1,16 +1,19 @@
-"""python -m benchmarks.test_time --workdir RUN [--workdir RUN2 ...] --degrees 45 90
+"""python -m benchmarks.test_time --workdir RUN [--workdir ...] --degrees 90 --crf 1.5 0.05 3
 
-Tells what test-time augmentation is worth to finished runs: mean Dice of a role's volumes as
-predicted, and as the mean with copies turned by so many degrees either way, the largest component
-kept as the run has it. Over several runs the mean difference with a 95 % interval.
+Tells what is gained from finished runs after training: mean Dice of a role's volumes as predicted;
+as the mean with copies turned by so many degrees either way; and each of these refined by a dense
+CRF of so many pixels, so much of the intensities' range, and such a weight. The largest component
+is kept as the run has it. Over several runs the mean difference with a 95 % interval.
 
-By the pool's masks, which training does not see (--role=unlabeled), an angle may be chosen.
+By the pool's masks, which training does not see (--role=unlabeled), an angle, or a CRF, may be
+chosen.
 """
 
 import argparse
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from lclseg import evaluation, model_files, predict
 from lclseg.cores import usable_cores
@@ -22,9 +25,43 @@ from lclseg.run.stored_config import as_now
 from lclseg.run.workdir import read_json
 from lclseg.sweep import mean_and_interval
 
+CRF_STEPS = 3  # of mean field
 
-def dice_of(workdir: Path, role: str, stage: str | None, degrees: Sequence[float]) -> list[float]:
-    """Mean Dice of a run's volumes: as predicted, then for each angle with copies turned by it.
+
+class Variant(NamedTuple):
+    """How a run predicts: `angles` of the copies, radians, and `crf`, see `TrainedModel`."""
+
+    name: str
+    angles: tuple[float, ...]
+    crf: dict[str, float]
+
+
+def variants(degrees: Sequence[float], crfs: Sequence[Sequence[float]]) -> list[Variant]:
+    """Every combination of no copies, or copies, with no CRF, or one."""
+    copies = [
+        ("", ()),
+        *((f"turned by {d:g}", (math.radians(d), -math.radians(d))) for d in degrees),
+    ]
+    refined: list[tuple[str, dict]] = [("", {})]
+    for sigma, intensity, weight in crfs:
+        settings = {
+            "bilateral_sigma": sigma,
+            "intensity_sigma": intensity,
+            "bilateral_weight": weight,
+        }
+        name = f"CRF {sigma:g} {intensity:g} {weight:g}"
+        # A weight of 0: the kernel that sees no intensities is left out.
+        settings |= {"num_steps": CRF_STEPS, "spatial_sigma": 1.0, "spatial_weight": 0.0}
+        refined.append((name, settings))
+    return [
+        Variant(", ".join(filter(None, (of_copies, of_crf))) or "as predicted", angles, crf)
+        for of_crf, crf in refined
+        for of_copies, angles in copies
+    ]
+
+
+def dice_of(workdir: Path, role: str, stage: str | None, how: Sequence[Variant]) -> list[float]:
+    """Mean Dice of a run's volumes, predicted in each of these ways.
 
     Raises:
       ModelError: no such run or stage.
@@ -38,9 +75,9 @@ def dice_of(workdir: Path, role: str, stage: str | None, degrees: Sequence[float
         raise SystemExit(f"{workdir}: found no {role} volume with a mask; wanted some")
     model = model_files.load_run(workdir, stage)
     found = []
-    for angles in [(), *((math.radians(d), -math.radians(d)) for d in degrees)]:
+    for variant in how:
         summary = evaluation.evaluate(
-            predict.mean_predictor([model._replace(angles=angles)]),
+            predict.mean_predictor([model._replace(angles=variant.angles, crf=variant.crf)]),
             prepared,
             ids,
             batch_size=model.batch_size,
@@ -56,17 +93,27 @@ def main() -> None:
     parser.add_argument("--workdir", action="append", type=Path, required=True)
     parser.add_argument("--stage", default=model_files.LAST, help="see lclseg.predict; last")
     parser.add_argument("--role", choices=ROLES, default="test", help="whose volumes; test")
-    parser.add_argument("--degrees", type=float, nargs="+", required=True)
+    parser.add_argument("--degrees", type=float, nargs="+", default=[])
+    parser.add_argument(
+        "--crf",
+        type=float,
+        nargs=3,
+        action="append",
+        default=[],
+        metavar=("PIXELS", "INTENSITY", "WEIGHT"),
+        help=f"of crf.dense_crf's second kernel, {CRF_STEPS} steps; may be given several times",
+    )
     options = parser.parse_args()
     devices.set_up_jax(usable_cores())
-    rows = [["run", "as predicted", *(f"turned by {d:g}" for d in options.degrees)]]
-    gains: list[list[float]] = [[] for _ in options.degrees]
+    how = variants(options.degrees, options.crf)
+    rows = [["run", *(variant.name for variant in how)]]
+    gains: list[list[float]] = [[] for _ in how[1:]]
     for workdir in (w.expanduser().absolute() for w in options.workdir):
-        plain, *turned = dice_of(workdir, options.role, options.stage, options.degrees)
-        for gain, dice in zip(gains, turned, strict=True):
+        plain, *others = dice_of(workdir, options.role, options.stage, how)
+        for gain, dice in zip(gains, others, strict=True):
             gain.append(dice - plain)
         name = "/".join(workdir.parts[-2:])
-        rows.append([name, *(f"{dice:.4f}" for dice in (plain, *turned))])
+        rows.append([name, *(f"{dice:.4f}" for dice in (plain, *others))])
     if len(options.workdir) > 1:
         found = [mean_and_interval(gain) for gain in gains]
         rows.append(["gain", "", *(f"{mean:+.4f} ± {half:.4f}" for mean, half in found)])

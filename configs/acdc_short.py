@@ -33,6 +33,11 @@ def get_config(method: str = "self_training") -> ConfigDict:
     for group in (config.pseudo_labels, config.predictions):
         group.largest_component = "together_by_masks"
         group.test_time_augmentation = True  # chosen in sweeps/recipe_acdc.py
+    # Chosen by pools of sweeps/acdc_2.py; for pseudo-labels it is no use, in sweeps/recipe_acdc.py.
+    config.pseudo_labels.crf = False
+    config.crf.update(num_steps=3, spatial_weight=0.0)
+    config.crf.update(bilateral_sigma=1.5, intensity_sigma=0.05, bilateral_weight=3.0)
+    config.predictions.crf = True
     if config.method.name == "self_training":  # chosen in sweeps/recipe_acdc.py
         config.method.weight = 0.5
         config.method.copy_paste = True

@@ -66,7 +66,7 @@ def get_config(method: str = "local_contrastive") -> ConfigDict:
     augment.contrast_range = (0.8, 1.2)
     augment.max_brightness = 0.1
 
-    crf = config.crf = ConfigDict()  # refines the pseudo-labels, slice by slice
+    crf = config.crf = ConfigDict()  # refines pseudo-labels or predictions, slice by slice
     crf.num_steps = 30  # of mean field; 0: no CRF
     crf.spatial_sigma = 10.0  # px
     crf.spatial_weight = 30.0
@@ -86,10 +86,12 @@ def get_config(method: str = "local_contrastive") -> ConfigDict:
     # A slice's prediction is the mean over the slice and two copies of it, turned as far as
     # training turns slices, either way.
     pseudo_labels.test_time_augmentation = False
+    pseudo_labels.crf = True  # refine them by `crf`, unless its num_steps are 0
 
     predictions = config.predictions = ConfigDict()
     predictions.largest_component = "by_masks"  # of what is handed out; tested with and without
     predictions.test_time_augmentation = False  # as above; in validation and tests, too
+    predictions.crf = False  # refine them by `crf`; in validation and tests, too
 
     optimizer = config.optimizer = ConfigDict()
     optimizer.learning_rate = 1e-3  # Adam

@@ -27,18 +27,25 @@ from lclseg.model_files import ModelError, TrainedModel, class_numbers, kept_lar
 from lclseg.page import tables
 from lclseg.rules import is_number
 from lclseg.run import devices
-from lclseg.run.config_checks import CHOICES
+from lclseg.run.config_checks import CHOICES, RULES
 from lclseg.run.workdir import write_json
 
 MODEL_FILE, PARAMETERS_FILE, CARD_FILE = "model.json", "parameters.npz", "README.md"
 FORMAT = "lclseg model"
 # Of the folder; rises when an older lclseg would read it wrongly. Version 2 kept every component,
-# and version 3 predicted each slice as it is.
-VERSION, READABLE = 4, (2, 4)
-LISTS_SINCE = {"largest_component": 3, "angles": 4}  # version that first had the key
+# version 3 predicted each slice as it is, and version 4 had no CRF.
+VERSION, READABLE = 5, (2, 5)
+# Version that first had the key, and what it stands for before.
+SINCE: dict[str, tuple[int, list | dict]] = {
+    "largest_component": (3, []),
+    "angles": (4, []),
+    "crf": (5, {}),
+}
 MAX_BATCH, MAX_FILTERS, MAX_LEVELS = 4096, 2**14, 12
 MAX_JSON_BYTES = 2**20
 MAX_ANGLES = 64
+CRF = tuple(key.removeprefix("crf.") for key in RULES if key.startswith("crf."))
+MAX_CRF = 1000  # of each of its numbers
 
 WANTED = {
     "format": (lambda v: v == FORMAT, repr(FORMAT)),
@@ -54,6 +61,7 @@ WANTED = {
         lambda v: isinstance(v, list) and len(v) <= MAX_ANGLES and all(map(is_number, v)),
         f"a list of up to {MAX_ANGLES} numbers, radians",
     ),
+    "crf": (lambda v: _is_crf(v), f"{{}}, or an object of {', '.join(CRF)}"),
     "facts": (lambda v: _are_facts(v), "an object with dataset, stage, step, validation_dice"),
 }
 WANTED_ARCHITECTURE = {
@@ -71,6 +79,13 @@ def _are_facts(value) -> bool:
         return False
     dice = value["validation_dice"]
     return dice is None or (type(dice) in (int, float) and math.isfinite(dice))
+
+
+def _is_crf(value) -> bool:
+    if not isinstance(value, dict) or value.keys() not in (set(), set(CRF)):
+        return False
+    numbers = value.items()
+    return all(RULES[f"crf.{key}"].holds(number) and number <= MAX_CRF for key, number in numbers)
 
 
 def _are_filters(value) -> bool:
@@ -100,6 +115,7 @@ def write_model(model: TrainedModel, folder: Path) -> None:
         "batch_size": model.batch_size,
         "largest_component": kept_largest(model),
         "angles": list(model.angles),
+        "crf": model.crf,
         "facts": model.facts,
     }
     write_json(folder / MODEL_FILE, content)
@@ -126,9 +142,9 @@ def read_model(folder: Path) -> TrainedModel:
             preprocess.check_values(
                 {k: v for k, v in content.items() if k in first}, first, str(path)
             )
-            for key, since in LISTS_SINCE.items():
+            for key, (since, before) in SINCE.items():
                 if content["version"] < since:
-                    content.setdefault(key, [])
+                    content.setdefault(key, before)
         preprocess.check_values(content, WANTED, str(path))
         how = preprocess.from_json(content["preprocessing"], f"{path}, preprocessing")
         architecture = content["architecture"]
@@ -150,6 +166,7 @@ def read_model(folder: Path) -> TrainedModel:
         batch_size=content["batch_size"],
         largest_component=class_numbers(content["largest_component"], how, str(path)),
         angles=tuple(content["angles"]),
+        crf=content["crf"],
         state=model_files.inference_state(tree["params"], tree["batch_stats"]),
         facts=content["facts"],
     )
@@ -267,6 +284,8 @@ def model_card(model: TrainedModel) -> str:
             "\nA prediction is the mean over the slice as it is and copies of it, turned by\n"
             f"{degrees} degrees."
         )
+    if model.crf:
+        after += "\nA dense CRF then moves its edges to those of the image."
     method = "supervised"
     if facts["stage"] != "baseline":
         method = f"semi-supervised by the method {facts.get('method', 'local_contrastive')}"

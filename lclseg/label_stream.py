@@ -85,7 +85,11 @@ def _as_bytes(min_confidence: float) -> Callable:
 
 def refinement(config: ConfigDict) -> Callable:
     """What makes `PredictRefined` of a predictor, on all devices: the config's CRF, if any."""
-    return _with_crf(**config.crf) if config.crf.num_steps else _without_crf()
+    return _with_crf(**config.crf) if _is_refined(config) else _without_crf()
+
+
+def _is_refined(config: ConfigDict) -> bool:
+    return config.pseudo_labels.crf and config.crf.num_steps > 0
 
 
 def draw_volumes(rng: np.random.Generator, num_slices: Mapping[str, int], wanted: int) -> list[str]:
@@ -107,7 +111,7 @@ def predict_labels(run: Run, replicated, volume_ids: Sequence[str]) -> np.ndarra
     options = run.config.pseudo_labels
     keep_largest = run.classes_in_one_piece(options.largest_component)
     label: Callable[..., np.ndarray]
-    if run.config.crf.num_steps or run.prepared.num_classes > UNCERTAIN:
+    if _is_refined(run.config) or run.prepared.num_classes > UNCERTAIN:
         finish = refinement(run.config)
         label = functools.partial(label_of, min_confidence=options.min_confidence)
     else:  # a byte a pixel, where the probabilities are many

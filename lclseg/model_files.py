@@ -39,6 +39,7 @@ class TrainedModel(NamedTuple):
       batch_size: slices at once.
       largest_component: classes of which a prediction keeps the largest component alone.
       angles: radians, of the copies whose mean a prediction is; (): of none, see `test_time`.
+      crf: settings of the CRF that refines that mean, see `crf.dense_crf`; {}: none does.
       state: averaged weights and BatchNorm's statistics of trunk and segmentation head; nothing
         that only training needs. Of several networks those of the first.
       facts: JSON-ready, where the model comes from: see `_facts`.
@@ -50,6 +51,7 @@ class TrainedModel(NamedTuple):
     batch_size: int
     largest_component: tuple[Kind, ...]
     angles: tuple[float, ...]
+    crf: dict[str, float]
     state: steps.TrainState
     facts: dict
 
@@ -138,7 +140,8 @@ def load_run(workdir: Path, stage: str | None = None) -> TrainedModel:
         architecture=architecture,
         batch_size=config.data.eval_batch_size,
         largest_component=_largest_component(workdir, how),
-        angles=copy_angles(config) if _averages_copies(config) else (),
+        angles=copy_angles(config) if _is_on(config, "test_time_augmentation") else (),
+        crf=dict(config.crf) if _is_on(config, "crf") else {},
         state=inference_state(state.ema_params, state.batch_stats),
         facts=_facts(workdir, config, stage, step, dice),
     )
@@ -253,9 +256,9 @@ def _largest_component(workdir: Path, how: Preprocessing) -> tuple[Kind, ...]:
     return class_numbers(names, how, str(path))
 
 
-def _averages_copies(config: ConfigDict) -> bool:
-    """Whether the run's predictions are means over copies; not in a run from before there were."""
-    return config.get("predictions", {}).get("test_time_augmentation", False)
+def _is_on(config: ConfigDict, option: str) -> bool:
+    """Whether the run's predictions have something; not in a run from before there was such."""
+    return config.get("predictions", {}).get(option, False)
 
 
 def _facts(workdir: Path, config: ConfigDict, stage: str, step: int, dice: float | None) -> dict:

@@ -225,6 +225,7 @@ def mean_predictor(models: Sequence[TrainedModel]) -> evaluation.Predict:
             devices.compiled_predict(model_files.unet(m.preprocessing, m.architecture), m.angles),
             devices.replicate(m.state),
             batch_size=-(-m.batch_size // (1 + len(m.angles))),
+            finish=devices.compiled_crf(**m.crf) if m.crf else None,
         )
         for m in models
     ]

@@ -24,6 +24,7 @@ import optax
 from scipy import special
 
 from lclseg import test_time
+from lclseg.crf import dense_crf
 from lclseg.losses import IGNORE
 from lclseg.methods.contract import Augment, Slices, Term
 from lclseg.models import BATCH_NORM_MOMENTUM, Net, UNet
@@ -362,6 +363,11 @@ def predict_step(
 
     variables = {"params": state.ema_params, "batch_stats": state.batch_stats}
     return test_time.mean_over_copies(predict, images, angles)
+
+
+def refine_step(images: Array, probs: Array, **settings) -> Array:
+    """Refines class probabilities [B, H, W, C] by slices [B, H, W]; see `crf.dense_crf`."""
+    return dense_crf(images, probs, **settings)
 
 
 def first_network(state: TrainState) -> TrainState:

@@ -132,8 +132,9 @@ def suggest(
     if prepared is None:
         raise RunError(f"{why}; wanted it here: copy it, or train where it is")
     network = predict.mean_predictor([model])
-    # Its agreement is between single copies: a mean over copies agrees with itself.
-    plain = predict.mean_predictor([model._replace(angles=())]) if model.angles else network
+    # Its agreement is between single copies, as the network has them: a mean over copies, or what
+    # follows the image's edges, agrees with itself.
+    plain = predict.mean_predictor([model._replace(angles=(), crf={})])
     flips = quality_gate.has_seen_flips(as_now(config)["augment"])
     ids = roles["unlabeled"]
     seen = progress.each(ids, "looking at the pool", len(ids), leave=False, say=progress.to_stderr)

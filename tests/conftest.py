@@ -90,7 +90,9 @@ def tiny_run(tmp_path_factory):
     data.eval_batch_size = 16
     config.model.filters = (4, 8)
     config.augment.strength = "paper"  # compiled in half the time
-    config.predictions.test_time_augmentation = True
+    config.predictions.test_time_augmentation = config.predictions.crf = True
+    config.crf.update(num_steps=2, bilateral_sigma=1.0, intensity_sigma=0.1, bilateral_weight=1.0)
+    config.crf.update(spatial_sigma=1.0, spatial_weight=0.5)
     config.optimizer.update(ema_decay=0.0, learning_rate=0.01)
     config.rounds.update(baseline_steps=20, num_rounds=1, steps_per_round=4, eval_every=4)
     workdir = tmp_path_factory.mktemp("run") / "tiny"

@@ -59,6 +59,7 @@ def test_folder_reads_back_to_the_bit(model, exported):
     again = export.read_model(exported)
     assert again.preprocessing == model.preprocessing
     assert again.angles == model.angles == pytest.approx(np.deg2rad([15, -15]))
+    assert again.crf == model.crf and model.crf["bilateral_sigma"] == 1.0
     assert (again.architecture, again.batch_size, again.facts) == (
         model.architecture,
         model.batch_size,
@@ -74,9 +75,13 @@ def assert_same_leaves(ours, theirs):
 
 
 def test_folders_of_older_versions_stay_readable(copy):
-    """They know nothing of turned copies, version 2 nothing of largest components either."""
+    """They know no CRF, version 3 no turned copies either, version 2 no largest components."""
     path = copy / "model.json"
     content = json.loads(path.read_text())
+    assert content.pop("crf")
+    path.write_text(json.dumps(content | {"version": 4}))
+    model = export.read_model(copy)
+    assert model.crf == {} and len(model.angles) == 2
     assert content.pop("angles")
     path.write_text(json.dumps(content | {"version": 3}))
     model = export.read_model(copy)
@@ -134,6 +139,7 @@ def test_model_card(tiny_run, model, exported):
         assert f"| {name} | {k} | {value:.4f} | {kept['dice_per_class'][name]:.4f} |\n" in card
     assert "copies of it, turned by\n15, -15 degrees." in card
     assert "copies" not in export.model_card(model._replace(angles=()))
+    assert "CRF" in card and "CRF" not in export.model_card(model._replace(crf={}))
     for heading in ("Intended use", "Limits", "Licence"):
         assert f"## {heading}" in card
 
@@ -160,8 +166,8 @@ def test_model_card_of_a_model_that_keeps_every_component(model):
     "values, message",
     [
         ({"format": "other"}, "format is 'other'"),
-        ({"version": 5, "news": 1}, r"version is 5; wanted 2 to 4"),
-        ({"version": 1}, r"version is 1; wanted 2 to 4"),
+        ({"version": 6, "news": 1}, r"version is 6; wanted 2 to 5"),
+        ({"version": 1}, r"version is 1; wanted 2 to 5"),
         ({"version": True}, "version is True"),
         ({"news": 1}, "found 'news', which this version does not know"),
         ({"batch_size": 10**9}, r"batch_size is 1000000000; wanted 1\.\.4096"),
@@ -171,6 +177,12 @@ def test_model_card_of_a_model_that_keeps_every_component(model):
         ({"largest_component": [1]}, r"largest_component is \[1\]; wanted a list of some"),
         ({"angles": [1, "2"]}, r"angles is \[1, '2'\]; wanted a list of up to 64 numbers"),
         ({"angles": [0.0] * 65}, "angles is"),
+        ({"crf": []}, r"crf is \[\]; wanted {}, or an object of num_steps, spatial_sigma, "),
+        ({"crf": {"num_steps": 1}}, "crf is {'num_steps': 1}; wanted"),
+        ({"crf__num_steps": 10**9}, "crf is "),
+        ({"crf__num_steps": 1.5}, "crf is "),
+        ({"crf__intensity_sigma": 0}, "crf is "),
+        ({"crf__spatial_weight": "1"}, "crf is "),
         ({"facts": {}}, "facts is {}"),
         ({"architecture__filters": [4, "8"]}, r"filters is \[4, '8'\]"),
         ({"architecture__filters": [4] * 7}, "wanted a multiple of 64"),
@@ -194,7 +206,7 @@ def test_values_that_are_refused(copy, values, message):
 
 
 @pytest.mark.parametrize(
-    "key", ["version", "batch_size", "preprocessing", "architecture", "angles"]
+    "key", ["version", "batch_size", "preprocessing", "architecture", "angles", "crf"]
 )
 def test_values_that_are_missing(copy, key):
     path = copy / "model.json"

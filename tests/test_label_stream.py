@@ -59,7 +59,7 @@ def test_the_crf_refines_on_all_devices():
     rng = np.random.default_rng(1)
     image = rng.random((4, 2, 8, 8), np.float32)
     probs = rng.dirichlet([1.0] * 3, (4, 2, 8, 8)).astype(np.float32)
-    config = ConfigDict({"crf": settings})
+    config = ConfigDict({"crf": settings, "pseudo_labels": {"crf": True}})
     found = label_stream.refinement(config)(image, probs)
     assert found.sharding.device_set == set(jax.local_devices()) and found.shape[:3] == (4, 2, 2)
     alone = dense_crf(jnp.reshape(image, (8, 8, 8)), jnp.reshape(probs, (8, 8, 8, 3)), **settings)
@@ -67,7 +67,10 @@ def test_the_crf_refines_on_all_devices():
     np.testing.assert_allclose(np.reshape(found[:, :, 1], alone.shape), alone, atol=1e-5)
     assert np.any(np.argmax(alone, -1) != np.argmax(np.reshape(probs, alone.shape), -1))
     # The same program for each round.
-    assert label_stream.refinement(config) is label_stream.refinement(ConfigDict({"crf": settings}))
+    again = config.copy_and_resolve_references()
+    assert label_stream.refinement(config) is label_stream.refinement(again)
     config.crf.num_steps = 0
-    plain = label_stream.refinement(config)(image, probs)
-    np.testing.assert_array_equal(plain, np.stack([probs, probs], axis=2))
+    again.pseudo_labels.crf = False  # predictions alone are refined
+    for unrefined in (config, again):
+        plain = label_stream.refinement(unrefined)(image, probs)
+        np.testing.assert_array_equal(plain, np.stack([probs, probs], axis=2))

@@ -12,6 +12,7 @@ import pytest
 import SimpleITK as sitk  # noqa: N813
 
 from lclseg import evaluation, export, model_files, predict, test_time
+from lclseg.crf import dense_crf
 from lclseg.data import nifti, preprocess
 from lclseg.data.layouts import Files
 from lclseg.data.nifti import VolumeError
@@ -728,7 +729,7 @@ def test_damaged_checkpoints_and_foreign_folders(tiny_run, tmp_path):
 
 
 def test_mean_of_several_models(tiny_run):
-    """Against the network applied by hand, to slices as they are and, by one, to turned ones."""
+    """Against the network applied by hand, by one to turned slices too, and then refined."""
     model = model_files.load_run(tiny_run[0])
     other = model._replace(
         state=model_files.inference_state(
@@ -736,8 +737,9 @@ def test_mean_of_several_models(tiny_run):
         ),
         batch_size=5,
         angles=(),
+        crf={},
     )
-    assert len(model.angles) == 2
+    assert len(model.angles) == 2 and model.crf["num_steps"] == 2
     images = np.random.default_rng(0).random((9, 32, 32), np.float32)
     by_hand = []
     for m in (model, other):
@@ -753,6 +755,9 @@ def test_mean_of_several_models(tiny_run):
             )
         )
     assert np.abs(by_hand[0] - by_hand[1]).max() > 0.1
+    plain = by_hand[0]
+    by_hand[0] = dense_crf(images, plain, **model.crf)
+    assert np.abs(by_hand[0] - plain).max() > 0.1
     mean = predict.mean_predictor([model, other])(images)
     np.testing.assert_allclose(mean, (by_hand[0] + by_hand[1]) / 2, atol=1e-5)
 

@@ -129,6 +129,10 @@ def test_what_a_baseline_depends_on(by_method):
     assert found(phantom(predictions__largest_component="no")) == []
     averaged = "predictions.test_time_augmentation"
     assert found(phantom(predictions__test_time_augmentation=True)) == [averaged]
+    refined = phantom(predictions__crf=True, crf__num_steps=2)
+    assert found(refined) == ["crf.num_steps", "predictions.crf"]
+    stronger = phantom(predictions__crf=True, crf__num_steps=2, crf__bilateral_weight=0.5)
+    assert found(stronger, refined) == ["crf.bilateral_weight"]
     # An option of the method counts where the method trains the first stage its own way.
     assert found(phantom(method__temperature=0.5)) == ["method.temperature"] * by_method
     assert ("method.name" in found(phantom("self_training"))) == by_method

@@ -20,6 +20,7 @@ from small_run import TIMES, logged
 from tensorboardX.proto import event_pb2
 
 from lclseg import report, test_time, train
+from lclseg.crf import dense_crf
 from lclseg.data.batches import records_of
 from lclseg.errors import ConfigError, NonFiniteLossError
 from lclseg.evaluation import VolumePrediction
@@ -645,6 +646,17 @@ def test_the_mean_over_turned_copies_on_all_devices(finished, data_dir):
     np.testing.assert_allclose(found, expected, atol=1e-5)
     assert set(shapes) == {(4, -(-config.data.eval_batch_size // (3 * 4)))}
     config.predictions.test_time_augmentation = True
+    np.testing.assert_allclose(probs_tested(run, config, state), expected, atol=1e-5)
+    # The config's CRF refines the mean, where asked.
+    config.predictions.crf = True
+    config.crf.update(num_steps=2, bilateral_sigma=1.0, intensity_sigma=0.1)
+    refined = dense_crf(images, expected, **config.crf)
+    assert np.abs(refined - expected).max() > 0.01
+    np.testing.assert_allclose(probs_tested(run, config, state), refined, atol=1e-4)
+
+
+def probs_tested(run, config, state):
+    """Of the run's first test volume, [S, H, W, C]."""
     tested = []
     evaluate_state(
         dataclasses.replace(run, config=config),
@@ -654,7 +666,7 @@ def test_the_mean_over_turned_copies_on_all_devices(finished, data_dir):
         with_distances=False,
         on_prediction=tested.append,
     )
-    np.testing.assert_allclose(tested[0].probs, expected, atol=1e-5)
+    return tested[0].probs
 
 
 @pytest.mark.parametrize("averaged", [False, True])

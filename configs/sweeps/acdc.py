@@ -26,6 +26,19 @@ TURNED_COPIES = {
     "pseudo_labels.test_time_augmentation": True,
     "predictions.test_time_augmentation": True,
 }
+# As acdc_short.py has it; without, what all configs had when most rows were measured.
+CRF = {"pseudo_labels.crf": False, "predictions.crf": True} | {
+    f"crf.{key}": value
+    for key, value in (
+        ("num_steps", 3),
+        ("spatial_weight", 0.0),
+        ("bilateral_sigma", 1.5),
+        ("intensity_sigma", 0.05),
+        ("bilateral_weight", 3.0),
+    )
+}
+NO_CRF = {f"crf.{key}": value for key, value in acdc["get_config"]().crf.items()}
+NO_CRF |= {"crf.num_steps": 0, "pseudo_labels.crf": True, "predictions.crf": False}
 PAIRS = rows["PAIRS"]
 ROWS = rows["ROWS"] | {
     "all labels": ALL_LABELS,
@@ -35,9 +48,13 @@ ROWS = rows["ROWS"] | {
     "self-training, copy-paste, classes together, turned copies": (
         rows["ROWS"]["self-training, copy-paste"] | TOGETHER | TURNED_COPIES
     ),
+    "self-training, copy-paste, classes together, turned copies, CRF": (
+        rows["ROWS"]["self-training, copy-paste"] | TOGETHER | TURNED_COPIES | CRF
+    ),
 }
 BASE = {
-    # Most rows were measured with it; see TOGETHER and TURNED_COPIES.
+    # Most rows were measured with it; see TOGETHER, TURNED_COPIES and CRF.
+    **NO_CRF,
     "pseudo_labels.largest_component": "by_masks",
     "predictions.largest_component": "by_masks",
     "pseudo_labels.test_time_augmentation": False,

@@ -12,5 +12,6 @@ CONFIG, PAIRS = acdc["CONFIG"], acdc["PAIRS"]
 BASE = acdc["BASE"] | {"rounds.steps_per_round": 1600}
 RECIPE = "self-training, copy-paste"
 OLDER = RECIPE, f"{RECIPE}, classes together"
-ROWS = {n: acdc["ROWS"][n] for n in ("supervised", *OLDER, f"{OLDER[-1]}, turned copies")}
+NEWER = f"{OLDER[-1]}, turned copies", f"{OLDER[-1]}, turned copies, CRF"
+ROWS = {n: acdc["ROWS"][n] for n in ("supervised", *OLDER, *NEWER)}
 ROWS["all labels"] = acdc["ROWS"]["all labels"] | {"rounds.baseline_steps": 2000}

@@ -13,6 +13,7 @@ from pathlib import Path
 CONFIGS = Path(__file__).parents[1]
 acdc = runpy.run_path(str(CONFIGS / "acdc.py"))
 lists = runpy.run_path(str(CONFIGS / "parts" / "splits.py"))
+sweep = runpy.run_path(str(CONFIGS / "sweeps" / "acdc.py"))
 self_training = runpy.run_path(str(CONFIGS / "parts" / "methods.py"))["self_training"]
 
 IDS = acdc["IDS"]
@@ -34,6 +35,7 @@ BASE = {
     "predictions.largest_component": "by_masks",
     "pseudo_labels.test_time_augmentation": False,
     "predictions.test_time_augmentation": False,
+    **sweep["NO_CRF"],
 }
 TURNED = {"augment.strong_rotation_degrees": 90.0}
 
@@ -59,11 +61,14 @@ ROWS = {
         self_training(0.5, copy_paste=True) | TURNED | {"data.frames": "both_in_pool"}
     ),
     "self-training, weight 0.5, copy-paste, 90 degrees, test-time augmentation": (
+        self_training(0.5, copy_paste=True) | TURNED | sweep["TURNED_COPIES"]
+    ),
+    # Of the labels; predicted and tested without it.
+    "self-training, weight 0.5, copy-paste, 90 degrees, test-time augmentation, CRF": (
         self_training(0.5, copy_paste=True)
         | TURNED
-        | {
-            "pseudo_labels.test_time_augmentation": True,
-            "predictions.test_time_augmentation": True,
-        }
+        | sweep["TURNED_COPIES"]
+        | sweep["CRF"]
+        | {"pseudo_labels.crf": True, "predictions.crf": False}
     ),
 }

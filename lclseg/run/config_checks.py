@@ -102,6 +102,8 @@ RULES: dict[str, Rule] = {
     "pseudo_labels.min_confidence": THRESHOLD,
     "pseudo_labels.test_time_augmentation": YES_NO,
     "predictions.test_time_augmentation": YES_NO,
+    "pseudo_labels.crf": YES_NO,
+    "predictions.crf": YES_NO,
     "optimizer.learning_rate": ABOVE_0,
     "optimizer.ema_decay": SHARE_BELOW_1,
     "rounds.baseline_steps": whole(1),
@@ -248,6 +250,12 @@ def _misfits(config: ConfigDict, num_devices: int, wrong: Collection[str]) -> It
             yield (
                 f"loss.class_weights is {config.loss.class_weights!r}, but loss.segmentation="
                 f"{config.loss.segmentation} has no weights; wanted (), or cross_entropy"
+            )
+    if right("crf.num_steps", "predictions.crf"):
+        if config.predictions.crf and not config.crf.num_steps:
+            yield (
+                "predictions.crf is True, but crf.num_steps is 0, which refines nothing; wanted 1 "
+                "or more, or predictions.crf=False"
             )
     # Own data's lists are drawn, see `own_data.complete`.
     if right("data.") and config.data.name != own_data.NAME:

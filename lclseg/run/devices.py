@@ -129,6 +129,12 @@ def compiled_predict(model: UNet, angles: Sequence[float] = ()) -> Callable:
     return on_each(functools.partial(steps.predict_step, model=model, angles=angles))
 
 
+@functools.cache  # or each predictor would compile its own
+def compiled_crf(**settings) -> Callable:
+    """(slices [N, M, H, W], probabilities [N, M, H, W, C]) -> refined ones; see `crf.dense_crf`."""
+    return on_each(functools.partial(steps.refine_step, **settings))
+
+
 def batched_predictor(
     compiled: Callable,
     replicated: steps.TrainState,

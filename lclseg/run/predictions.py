@@ -44,12 +44,16 @@ def evaluate_state(
     """Metrics of a state, a copy per device, on volumes; see `evaluation.evaluate`.
 
     Probabilities come to the host, not labels: they are resampled to each volume's own geometry.
+    They are what the run hands out: means over copies, refined by the CRF, each as the config has
+    it.
     """
+    options = run.config.predictions
     return evaluation.evaluate(
         predictor(
             run,
             replicated,
-            test_time_augmentation=run.config.predictions.test_time_augmentation,
+            test_time_augmentation=options.test_time_augmentation,
+            finish=devices.compiled_crf(**run.config.crf) if options.crf else None,
             stoppable=stoppable,
         ),
         run.prepared,

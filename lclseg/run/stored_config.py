@@ -115,11 +115,12 @@ def baseline_differences(before: dict, now: dict, *, by_method: bool) -> list[st
       before, now: as `as_now` gives them.
       by_method: whether one of the methods trains its first stage its own way, by its options.
     """
-    keys = differing_keys(before, now)
+    # Where the CRF refines what is validated and tested, the baseline's results depend on it.
+    matters = ("method.",) * by_method + ("crf.",) * now["predictions"]["crf"]
     return [
         key
-        for key in keys
-        if not key.startswith(JOINT_ONLY) or (by_method and key.startswith("method."))
+        for key in differing_keys(before, now)
+        if not key.startswith(JOINT_ONLY) or key.startswith(matters)
     ]
 
 
