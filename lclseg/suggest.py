@@ -134,7 +134,8 @@ def suggest(
     network = predict.mean_predictor([model])
     # Its agreement is between single copies, as the network has them: a mean over copies, or what
     # follows the image's edges, agrees with itself.
-    plain = predict.mean_predictor([model._replace(angles=(), crf={})])
+    single = model._replace(angles=(), crf={})
+    plain = predict.mean_predictor([single]) if model.angles or model.crf else network
     flips = quality_gate.has_seen_flips(as_now(config)["augment"])
     ids = roles["unlabeled"]
     seen = progress.each(ids, "looking at the pool", len(ids), leave=False, say=progress.to_stderr)

@@ -205,6 +205,15 @@ def test_class_weights_that_no_loss_reads():
         check_config(config, num_devices=1)
 
 
+def test_a_crf_of_no_steps_refines_no_prediction():
+    config = config_of()
+    config.predictions.crf, config.crf.num_steps = True, 0
+    with pytest.raises(ConfigError, match=r"crf\.num_steps is 0, which refines nothing; wanted 1"):
+        check_config(config, num_devices=1)
+    config.crf.num_steps = 1
+    check_config(config, num_devices=1)
+
+
 def test_a_wrong_value_of_own_data_is_told_before_the_folder_is_looked_at(tmp_path):
     config = config_of("nifti_folder")
     config.data.manual_dir = str(tmp_path / "not there")
