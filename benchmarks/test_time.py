@@ -1,12 +1,13 @@
 """python -m benchmarks.test_time --workdir RUN [--workdir ...] --degrees 90 --crf 1.5 0.05 3
 
 Tells what is gained from finished runs after training: mean Dice of a role's volumes as predicted;
-as the mean with copies turned by so many degrees either way; and each of these refined by a dense
-CRF of so many pixels, so much of the intensities' range, and such a weight. The largest component
-is kept as the run has it. Over several runs the mean difference with a 95 % interval.
+as the mean with copies turned by so many degrees either way; each of these refined by a dense CRF
+of so many pixels, so much of the intensities' range, and such a weight; and each smoothed across
+slices by so many mm (--through_plane). The largest component is kept as the run has it. Over
+several runs the mean difference with a 95 % interval.
 
-By the pool's masks, which training does not see (--role=unlabeled), an angle, or a CRF, may be
-chosen.
+By the pool's masks, which training does not see (--role=unlabeled), an angle, a CRF or a
+smoothing may be chosen.
 """
 
 import argparse
@@ -29,15 +30,18 @@ CRF_STEPS = 3  # of mean field
 
 
 class Variant(NamedTuple):
-    """How a run predicts: `angles` of the copies, radians, and `crf`, see `TrainedModel`."""
+    """How a run predicts: `angles` of the copies, radians, and the rest, see `TrainedModel`."""
 
     name: str
     angles: tuple[float, ...]
     crf: dict[str, float]
+    through_plane_sigma: float
 
 
-def variants(degrees: Sequence[float], crfs: Sequence[Sequence[float]]) -> list[Variant]:
-    """Every combination of no copies, or copies, with no CRF, or one."""
+def variants(
+    degrees: Sequence[float], crfs: Sequence[Sequence[float]], sigmas: Sequence[float]
+) -> list[Variant]:
+    """Every combination of no copies, or copies, with no CRF, or one, and no smoothing, or one."""
     copies = [
         ("", ()),
         *((f"turned by {d:g}", (math.radians(d), -math.radians(d))) for d in degrees),
@@ -53,8 +57,15 @@ def variants(degrees: Sequence[float], crfs: Sequence[Sequence[float]]) -> list[
         # A weight of 0: the kernel that sees no intensities is left out.
         settings |= {"num_steps": CRF_STEPS, "spatial_sigma": 1.0, "spatial_weight": 0.0}
         refined.append((name, settings))
+    smoothed = [("", 0.0), *((f"smoothed by {sigma:g} mm", sigma) for sigma in sigmas)]
     return [
-        Variant(", ".join(filter(None, (of_copies, of_crf))) or "as predicted", angles, crf)
+        Variant(
+            ", ".join(filter(None, (of_copies, of_crf, of_sigma))) or "as predicted",
+            angles,
+            crf,
+            sigma,
+        )
+        for of_sigma, sigma in smoothed
         for of_crf, crf in refined
         for of_copies, angles in copies
     ]
@@ -81,6 +92,7 @@ def dice_of(workdir: Path, role: str, stage: str | None, how: Sequence[Variant])
             prepared,
             ids,
             batch_size=model.batch_size,
+            through_plane_sigma=variant.through_plane_sigma,
             with_distances=False,
             one_piece=model.largest_component,
         )
@@ -103,9 +115,10 @@ def main() -> None:
         metavar=("PIXELS", "INTENSITY", "WEIGHT"),
         help=f"of crf.dense_crf's second kernel, {CRF_STEPS} steps; may be given several times",
     )
+    parser.add_argument("--through_plane", type=float, nargs="+", default=[], metavar="MM")
     options = parser.parse_args()
     devices.set_up_jax(usable_cores())
-    how = variants(options.degrees, options.crf)
+    how = variants(options.degrees, options.crf, options.through_plane)
     rows = [["run", *(variant.name for variant in how)]]
     gains: list[list[float]] = [[] for _ in how[1:]]
     for workdir in (w.expanduser().absolute() for w in options.workdir):

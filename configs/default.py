@@ -87,11 +87,14 @@ def get_config(method: str = "local_contrastive") -> ConfigDict:
     # training turns slices, either way.
     pseudo_labels.test_time_augmentation = False
     pseudo_labels.crf = True  # refine them by `crf`, unless its num_steps are 0
+    # Smooth probabilities across the slices of a volume, by a Gaussian of so many mm; 0: do not.
+    pseudo_labels.through_plane_sigma = 0.0
 
     predictions = config.predictions = ConfigDict()
     predictions.largest_component = "by_masks"  # of what is handed out; tested with and without
     predictions.test_time_augmentation = False  # as above; in validation and tests, too
     predictions.crf = False  # refine them by `crf`; in validation and tests, too
+    predictions.through_plane_sigma = 0.0  # as above; in validation and tests, too
 
     optimizer = config.optimizer = ConfigDict()
     optimizer.learning_rate = 1e-3  # Adam

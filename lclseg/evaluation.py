@@ -12,6 +12,7 @@ from lclseg.class_groups import Kind
 from lclseg.components import largest_component, one_piece
 from lclseg.data import grid, nifti
 from lclseg.data.dataset import PreparedSet
+from lclseg.through_plane import smooth_across_slices
 
 # Maps slices [M, H, W] to class probabilities [M, H, W, C], for any M.
 Predict = Callable[[np.ndarray], np.ndarray]
@@ -26,11 +27,24 @@ class VolumePrediction(NamedTuple):
 
 
 def predict_volumes(
-    predict: Predict, prepared: PreparedSet, volume_ids: Sequence[str], *, batch_size: int
+    predict: Predict,
+    prepared: PreparedSet,
+    volume_ids: Sequence[str],
+    *,
+    batch_size: int,
+    through_plane_sigma: float = 0.0,
 ) -> Iterator[VolumePrediction]:
-    """Predicts volumes of a prepared set, see `predict_images`."""
+    """Predicts volumes of a prepared set, see `predict_images`.
+
+    With `through_plane_sigma`, mm, smoothed over the slices of each; see `through_plane`.
+    """
     images = ((v, prepared.read_slices(prepared.volumes[v].slices)[0]) for v in volume_ids)
-    return predict_images(predict, images, batch_size=batch_size)
+    for found in predict_images(predict, images, batch_size=batch_size):
+        if through_plane_sigma:
+            spacing_mm = prepared.read_native(found.volume_id).spacing_mm[2]
+            probs = smooth_across_slices(found.probs, spacing_mm, through_plane_sigma)
+            found = found._replace(probs=probs)
+        yield found
 
 
 def predict_images(
@@ -96,6 +110,7 @@ def evaluate(
     volume_ids: Sequence[str],
     *,
     batch_size: int,
+    through_plane_sigma: float = 0.0,
     with_distances: bool,
     save_to: Path | None = None,
     one_piece: Sequence[Kind] = (),
@@ -108,6 +123,7 @@ def evaluate(
       prepared: the data set.
       volume_ids: volumes with ground truth.
       batch_size: slices per call of `predict`.
+      through_plane_sigma: see `predict_volumes`.
       with_distances: compute HD95 and ASSD too (slow; for the test set).
       save_to: folder for the predicted labels as NIfTI, <volume_id>.nii.gz.
       one_piece: classes of which the largest component is kept in a second evaluation, whose
@@ -118,7 +134,14 @@ def evaluate(
       ValueError: a volume has no ground truth.
     """
     records, cleaned = {}, {}
-    for prediction in predict_volumes(predict, prepared, volume_ids, batch_size=batch_size):
+    predictions = predict_volumes(
+        predict,
+        prepared,
+        volume_ids,
+        batch_size=batch_size,
+        through_plane_sigma=through_plane_sigma,
+    )
+    for prediction in predictions:
         on_prediction(prediction)
         native = prepared.read_native(prediction.volume_id)
         if native.label is None:

@@ -33,19 +33,21 @@ from lclseg.run.workdir import write_json
 MODEL_FILE, PARAMETERS_FILE, CARD_FILE = "model.json", "parameters.npz", "README.md"
 FORMAT = "lclseg model"
 # Of the folder; rises when an older lclseg would read it wrongly. Version 2 kept every component,
-# version 3 predicted each slice as it is, and version 4 had no CRF.
-VERSION, READABLE = 5, (2, 5)
+# version 3 predicted each slice as it is, version 4 had no CRF, and version 5 no smoothing.
+VERSION, READABLE = 6, (2, 6)
 # Version that first had the key, and what it stands for before.
-SINCE: dict[str, tuple[int, list | dict]] = {
+SINCE: dict[str, tuple[int, list | dict | float]] = {
     "largest_component": (3, []),
     "angles": (4, []),
     "crf": (5, {}),
+    "through_plane_sigma": (6, 0.0),
 }
 MAX_BATCH, MAX_FILTERS, MAX_LEVELS = 4096, 2**14, 12
 MAX_JSON_BYTES = 2**20
 MAX_ANGLES = 64
 CRF = tuple(key.removeprefix("crf.") for key in RULES if key.startswith("crf."))
 MAX_CRF = 1000  # of each of its numbers
+MAX_SIGMA = 1000  # mm
 
 WANTED = {
     "format": (lambda v: v == FORMAT, repr(FORMAT)),
@@ -62,6 +64,10 @@ WANTED = {
         f"a list of up to {MAX_ANGLES} numbers, radians",
     ),
     "crf": (lambda v: _is_crf(v), f"{{}}, or an object of {', '.join(CRF)}"),
+    "through_plane_sigma": (
+        lambda v: is_number(v) and 0 <= v <= MAX_SIGMA,
+        f"a number of mm, 0 to {MAX_SIGMA}",
+    ),
     "facts": (lambda v: _are_facts(v), "an object with dataset, stage, step, validation_dice"),
 }
 WANTED_ARCHITECTURE = {
@@ -116,6 +122,7 @@ def write_model(model: TrainedModel, folder: Path) -> None:
         "largest_component": kept_largest(model),
         "angles": list(model.angles),
         "crf": model.crf,
+        "through_plane_sigma": model.through_plane_sigma,
         "facts": model.facts,
     }
     write_json(folder / MODEL_FILE, content)
@@ -167,6 +174,7 @@ def read_model(folder: Path) -> TrainedModel:
         largest_component=class_numbers(content["largest_component"], how, str(path)),
         angles=tuple(content["angles"]),
         crf=content["crf"],
+        through_plane_sigma=float(content["through_plane_sigma"]),
         state=model_files.inference_state(tree["params"], tree["batch_stats"]),
         facts=content["facts"],
     )
@@ -286,6 +294,11 @@ def model_card(model: TrainedModel) -> str:
         )
     if model.crf:
         after += "\nA dense CRF then moves its edges to those of the image."
+    if model.through_plane_sigma:
+        after += (
+            "\nProbabilities are then smoothed across slices, by a Gaussian of "
+            f"{model.through_plane_sigma:g} mm."
+        )
     method = "supervised"
     if facts["stage"] != "baseline":
         method = f"semi-supervised by the method {facts.get('method', 'local_contrastive')}"

@@ -105,13 +105,17 @@ def draw_volumes(rng: np.random.Generator, num_slices: Mapping[str, int], wanted
 def predict_labels(run: Run, replicated, volume_ids: Sequence[str]) -> np.ndarray:
     """Labels [n, H, W] uint8 of volumes, in the order of their records, by a state.
 
-    As for a round: refined by the CRF, the largest component kept, uncertain pixels `IGNORE`, each
-    as the config has it. The state is a copy per device.
+    As for a round: refined by the CRF, smoothed across slices, the largest component kept,
+    uncertain pixels `IGNORE`, each as the config has it. The state is a copy per device.
     """
     options = run.config.pseudo_labels
     keep_largest = run.classes_in_one_piece(options.largest_component)
     label: Callable[..., np.ndarray]
-    if _is_refined(run.config) or run.prepared.num_classes > UNCERTAIN:
+    if (
+        _is_refined(run.config)
+        or options.through_plane_sigma
+        or run.prepared.num_classes > UNCERTAIN
+    ):
         finish = refinement(run.config)
         label = functools.partial(label_of, min_confidence=options.min_confidence)
     else:  # a byte a pixel, where the probabilities are many
@@ -128,6 +132,7 @@ def predict_labels(run: Run, replicated, volume_ids: Sequence[str]) -> np.ndarra
         run.prepared,
         sorted(volume_ids, key=lambda v: run.prepared.volumes[v].first_slice),
         batch_size=run.config.data.eval_batch_size,
+        through_plane_sigma=options.through_plane_sigma,
     )
     return np.concatenate([label(p.probs, keep_largest=keep_largest) for p in predictions])
 

@@ -40,6 +40,7 @@ class TrainedModel(NamedTuple):
       largest_component: classes of which a prediction keeps the largest component alone.
       angles: radians, of the copies whose mean a prediction is; (): of none, see `test_time`.
       crf: settings of the CRF that refines that mean, see `crf.dense_crf`; {}: none does.
+      through_plane_sigma: mm, how far predictions are smoothed across slices, see `through_plane`.
       state: averaged weights and BatchNorm's statistics of trunk and segmentation head; nothing
         that only training needs. Of several networks those of the first.
       facts: JSON-ready, where the model comes from: see `_facts`.
@@ -52,6 +53,7 @@ class TrainedModel(NamedTuple):
     largest_component: tuple[Kind, ...]
     angles: tuple[float, ...]
     crf: dict[str, float]
+    through_plane_sigma: float
     state: steps.TrainState
     facts: dict
 
@@ -140,8 +142,9 @@ def load_run(workdir: Path, stage: str | None = None) -> TrainedModel:
         architecture=architecture,
         batch_size=config.data.eval_batch_size,
         largest_component=_largest_component(workdir, how),
-        angles=copy_angles(config) if _is_on(config, "test_time_augmentation") else (),
-        crf=dict(config.crf) if _is_on(config, "crf") else {},
+        angles=copy_angles(config) if _predictions(config, "test_time_augmentation") else (),
+        crf=dict(config.crf) if _predictions(config, "crf") else {},
+        through_plane_sigma=float(_predictions(config, "through_plane_sigma")),
         state=inference_state(state.ema_params, state.batch_stats),
         facts=_facts(workdir, config, stage, step, dice),
     )
@@ -256,8 +259,8 @@ def _largest_component(workdir: Path, how: Preprocessing) -> tuple[Kind, ...]:
     return class_numbers(names, how, str(path))
 
 
-def _is_on(config: ConfigDict, option: str) -> bool:
-    """Whether the run's predictions have something; not in a run from before there was such."""
+def _predictions(config: ConfigDict, option: str) -> bool | float:
+    """An option of the run's predictions; off in a run from before there was such."""
     return config.get("predictions", {}).get(option, False)
 
 

@@ -38,6 +38,7 @@ from lclseg.model_files import ModelError, TrainedModel, kept_largest
 from lclseg.page import tables
 from lclseg.run import devices, progress
 from lclseg.run.workdir import write_json
+from lclseg.through_plane import smooth_across_slices
 
 # Where a label of NAME may be: the ways of ACDC, nnU-Net and MM-WHS among them.
 LABEL_NAMES: tuple[Callable[[str], str], ...] = (
@@ -218,6 +219,23 @@ def classes_to_clean(models: Sequence[TrainedModel], choice: str) -> tuple[Kind,
     return first.largest_component
 
 
+def agreed_smoothing(models: Sequence[TrainedModel]) -> float:
+    """How far the mean of the models is smoothed across slices, mm; see `through_plane`.
+
+    Raises:
+      ModelError: the models say different things.
+    """
+    first = models[0]
+    for other in models[1:]:
+        if other.through_plane_sigma != first.through_plane_sigma:
+            raise ModelError(
+                f"{first.source} smooths across slices by {first.through_plane_sigma:g} mm, "
+                f"{other.source} by {other.through_plane_sigma:g} mm; wanted the same for their "
+                "mean: give runs of one predictions.through_plane_sigma"
+            )
+    return first.through_plane_sigma
+
+
 def mean_predictor(models: Sequence[TrainedModel]) -> evaluation.Predict:
     """Maps slices [M, H, W] to the mean of the models' probabilities [M, H, W, C]."""
     predictors = [
@@ -324,6 +342,7 @@ def segment(
     outputs: Outputs,
     *,
     batch_size: int,
+    through_plane_sigma: float = 0.0,
     keep_largest: Sequence[Kind] = (),
 ) -> dict:
     """Predicts cases and writes the results.
@@ -334,6 +353,7 @@ def segment(
       cases: what to segment.
       outputs: see `plan_outputs`.
       batch_size: slices per call of `predict`.
+      through_plane_sigma: mm, of the smoothing of probabilities across slices; see `through_plane`.
       keep_largest: classes of which a label keeps the largest component alone; probabilities stay
         as they are.
 
@@ -356,6 +376,7 @@ def segment(
     for case_id, _, probs in seen:
         volume = native.pop(case_id)
         spacing_mm, turn = volume.spacing_mm, volume.orientation
+        probs = smooth_across_slices(probs, spacing_mm[2], through_plane_sigma)
         back: dict[str, Any] = {
             "shape": volume.image.shape[:2],
             "target_spacing_mm": how.target_spacing_mm,
@@ -431,6 +452,7 @@ def predict_files(
         cases,
         outputs,
         batch_size=models[0].batch_size,
+        through_plane_sigma=agreed_smoothing(models),
         keep_largest=cleaned,
     )
     if outputs.metrics is None:

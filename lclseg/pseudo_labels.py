@@ -76,6 +76,7 @@ def make_pseudo_labels(
     folder: Path,
     *,
     batch_size: int,
+    through_plane_sigma: float = 0.0,
     previous: PseudoLabels | None,
     labeled_ids: Sequence[str] = (),
     agreements: Mapping[str, float] | None = None,
@@ -95,6 +96,8 @@ def make_pseudo_labels(
       volume_ids: the unlabelled volumes.
       folder: of this round; report.json is written last and marks it complete.
       batch_size: slices per call of `predict`.
+      through_plane_sigma: mm; both kinds of probabilities are smoothed so far across the slices of
+        a volume, see `through_plane`; 0: they are not.
       previous: pseudo-labels of the round before.
       labeled_ids: volumes whose ground truth tells how large the classes are, for the warnings.
       agreements: of the volumes, see `quality_gate.agreement`; None: no gate.
@@ -117,7 +120,13 @@ def make_pseudo_labels(
             reason = f"no volume's agreement is above {min_agreement} (the best has {best:.3f})"
             return _keep_previous(previous, folder, prepared, reason, gate, made_by)
     labels = _create_labels(folder, len(_records(prepared, ids)), prepared.image_size)
-    predictions = evaluation.predict_volumes(predict, prepared, ids, batch_size=batch_size)
+    predictions = evaluation.predict_volumes(
+        predict,
+        prepared,
+        ids,
+        batch_size=batch_size,
+        through_plane_sigma=through_plane_sigma,
+    )
     told, row = {}, 0
     for prediction in progress.each(predictions, "pseudo-labels", len(ids), leave=False):
         label, about = _write_volume(

@@ -7,6 +7,7 @@ other masks, and train again with --config.rounds.start_from=RUN.
 
 import argparse
 import csv
+import functools
 import io
 from collections.abc import Sequence
 from pathlib import Path
@@ -59,6 +60,20 @@ def find_images(config: dict) -> dict[str, Files]:
     return {case.case_id: case._replace(label=None) for case in cases}
 
 
+def predict_volume(
+    network: evaluation.Predict, model: TrainedModel, prepared: PreparedSet, volume_id: str
+) -> np.ndarray:
+    """Class probabilities [S, H, W, C] of a volume, as the model hands them out."""
+    (found,) = evaluation.predict_volumes(
+        network,
+        prepared,
+        [volume_id],
+        batch_size=model.batch_size,
+        through_plane_sigma=model.through_plane_sigma,
+    )
+    return found.probs
+
+
 def write_masks(
     network: evaluation.Predict,
     model: TrainedModel,
@@ -82,14 +97,15 @@ def write_masks(
             cases,
             outputs,
             batch_size=model.batch_size,
+            through_plane_sigma=model.through_plane_sigma,
             keep_largest=model.largest_component,
         )
     for volume_id in volume_ids:
         if volume_id in files:
             continue
-        image, _ = prepared.read_slices(prepared.volumes[volume_id].slices)
         native = prepared.read_native(volume_id)
-        label = evaluation.to_native_label(prepared, volume_id, network(image))
+        probs = predict_volume(network, model, prepared, volume_id)
+        label = evaluation.to_native_label(prepared, volume_id, probs)
         label = largest_component(label, model.largest_component)
         nifti.write_label(
             folder / f"{volume_id}.nii.gz",
@@ -158,7 +174,12 @@ def suggest(
     volumes = [s._asdict() for s in ranked]
     write_json(output / "suggestions.json", {"model": about, "volumes": volumes})
     html = suggestions.page(
-        config, about, prepared, network, ranked, keep_largest=model.largest_component
+        config,
+        about,
+        prepared,
+        functools.partial(predict_volume, network, model, prepared),
+        ranked,
+        keep_largest=model.largest_component,
     )
     write_text(output / "suggestions.html", html)
     return ranked

@@ -146,6 +146,7 @@ def pseudo_label_pool(
         run.split.unlabeled,
         folder,
         batch_size=run.config.data.eval_batch_size,
+        through_plane_sigma=options.through_plane_sigma,
         previous=previous,
         labeled_ids=run.split.labeled,
         agreements=agreements,

@@ -26,6 +26,7 @@ LEAVES = {
         "models",
         "random_keys",
         "rules",
+        "through_plane",
     )
 }
 MATHEMATICS = LEAVES - {

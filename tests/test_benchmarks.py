@@ -122,18 +122,15 @@ def test_a_measurement_that_no_longer_fits_is_not_begun(monkeypatch):
     assert len(calls) == 6
 
 
-def test_what_turned_copies_and_a_crf_are_worth(tiny_run):
-    """The run was tested with copies turned by 15 degrees, and refined."""
+def test_what_is_gained_after_training(tiny_run):
+    """The run was tested with copies turned by 15 degrees, refined, and smoothed by 8 mm."""
     workdir, results = tiny_run
-    how = test_time.variants([15.0], [(1.0, 0.1, 1.0)])
-    assert [variant.name for variant in how] == [
-        "as predicted",
-        "turned by 15",
-        "CRF 1 0.1 1",
-        "turned by 15, CRF 1 0.1 1",
-    ]
+    how = test_time.variants([15.0], [(1.0, 0.1, 1.0)], [8.0])
+    plain = ["as predicted", "turned by 15", "CRF 1 0.1 1", "turned by 15, CRF 1 0.1 1"]
+    smoothed = [f"{name}, smoothed by 8 mm" for name in plain[1:]]
+    assert [variant.name for variant in how] == [*plain, "smoothed by 8 mm", *smoothed]
     how[-1].crf.update(num_steps=2, spatial_weight=0.5)  # as tests/conftest.py has it
     found = test_time.dice_of(workdir, "test", "last", how)
     tested = list(results["results"].values())[-1]["test_last"]
     assert found[-1] == pytest.approx(tested["largest_component"]["mean_dice"], abs=1e-6)
-    assert len(set(found)) == 4
+    assert len(set(found)) == 8

@@ -6,7 +6,9 @@ import importlib
 import pytest
 
 
-@pytest.mark.parametrize("name", ["losses", "crf", "metrics", "models", "components"])
+@pytest.mark.parametrize(
+    "name", ["losses", "crf", "metrics", "models", "components", "through_plane"]
+)
 def test_examples(name):
     failed, tried = doctest.testmod(importlib.import_module(f"lclseg.{name}"))
     assert tried > 0

@@ -60,6 +60,7 @@ def test_folder_reads_back_to_the_bit(model, exported):
     assert again.preprocessing == model.preprocessing
     assert again.angles == model.angles == pytest.approx(np.deg2rad([15, -15]))
     assert again.crf == model.crf and model.crf["bilateral_sigma"] == 1.0
+    assert again.through_plane_sigma == model.through_plane_sigma == 8.0
     assert (again.architecture, again.batch_size, again.facts) == (
         model.architecture,
         model.batch_size,
@@ -75,9 +76,13 @@ def assert_same_leaves(ours, theirs):
 
 
 def test_folders_of_older_versions_stay_readable(copy):
-    """They know no CRF, version 3 no turned copies either, version 2 no largest components."""
+    """They do not smooth; version 4 knows no CRF, 3 no turned copies, 2 no largest components."""
     path = copy / "model.json"
     content = json.loads(path.read_text())
+    assert content.pop("through_plane_sigma") == 8
+    path.write_text(json.dumps(content | {"version": 5}))
+    model = export.read_model(copy)
+    assert model.through_plane_sigma == 0 and model.crf
     assert content.pop("crf")
     path.write_text(json.dumps(content | {"version": 4}))
     model = export.read_model(copy)
@@ -140,6 +145,8 @@ def test_model_card(tiny_run, model, exported):
     assert "copies of it, turned by\n15, -15 degrees." in card
     assert "copies" not in export.model_card(model._replace(angles=()))
     assert "CRF" in card and "CRF" not in export.model_card(model._replace(crf={}))
+    assert "smoothed across slices, by a Gaussian of 8 mm." in card
+    assert "smoothed" not in export.model_card(model._replace(through_plane_sigma=0.0))
     for heading in ("Intended use", "Limits", "Licence"):
         assert f"## {heading}" in card
 
@@ -166,8 +173,8 @@ def test_model_card_of_a_model_that_keeps_every_component(model):
     "values, message",
     [
         ({"format": "other"}, "format is 'other'"),
-        ({"version": 6, "news": 1}, r"version is 6; wanted 2 to 5"),
-        ({"version": 1}, r"version is 1; wanted 2 to 5"),
+        ({"version": 7, "news": 1}, r"version is 7; wanted 2 to 6"),
+        ({"version": 1}, r"version is 1; wanted 2 to 6"),
         ({"version": True}, "version is True"),
         ({"news": 1}, "found 'news', which this version does not know"),
         ({"batch_size": 10**9}, r"batch_size is 1000000000; wanted 1\.\.4096"),
@@ -183,6 +190,9 @@ def test_model_card_of_a_model_that_keeps_every_component(model):
         ({"crf__num_steps": 1.5}, "crf is "),
         ({"crf__intensity_sigma": 0}, "crf is "),
         ({"crf__spatial_weight": "1"}, "crf is "),
+        ({"through_plane_sigma": -1}, "through_plane_sigma is -1; wanted a number of mm, 0 to"),
+        ({"through_plane_sigma": "1"}, "through_plane_sigma is '1'"),
+        ({"through_plane_sigma": 10**9}, "through_plane_sigma is 1000000000"),
         ({"facts": {}}, "facts is {}"),
         ({"architecture__filters": [4, "8"]}, r"filters is \[4, '8'\]"),
         ({"architecture__filters": [4] * 7}, "wanted a multiple of 64"),
@@ -206,7 +216,16 @@ def test_values_that_are_refused(copy, values, message):
 
 
 @pytest.mark.parametrize(
-    "key", ["version", "batch_size", "preprocessing", "architecture", "angles", "crf"]
+    "key",
+    [
+        "version",
+        "batch_size",
+        "preprocessing",
+        "architecture",
+        "angles",
+        "crf",
+        "through_plane_sigma",
+    ],
 )
 def test_values_that_are_missing(copy, key):
     path = copy / "model.json"

@@ -780,6 +780,14 @@ def test_models_of_other_classes_or_preprocessing_are_not_averaged(
     assert str(value) in str(error.value)
 
 
+def test_models_that_smooth_otherwise_are_not_averaged(tiny_run):
+    model = model_files.load_run(tiny_run[0])
+    assert predict.agreed_smoothing([model, model]) == 8.0
+    other = model._replace(through_plane_sigma=0.0, source="OTHER")
+    with pytest.raises(ModelError, match="by 8 mm, OTHER by 0 mm; wanted the same .* give runs"):
+        predict.agreed_smoothing([model, other])
+
+
 def test_the_command(tiny_run, phantom_folder, tmp_path, main, capsys, predicted):
     """One file; two runs, which are one; the table."""
     output = tmp_path / "out"

@@ -133,6 +133,8 @@ def test_what_a_baseline_depends_on(by_method):
     assert found(refined) == ["crf.num_steps", "predictions.crf"]
     stronger = phantom(predictions__crf=True, crf__num_steps=2, crf__bilateral_weight=0.5)
     assert found(stronger, refined) == ["crf.bilateral_weight"]
+    smoothed = {"predictions__through_plane_sigma": 1.0, "pseudo_labels__through_plane_sigma": 1.0}
+    assert found(phantom(**smoothed)) == ["predictions.through_plane_sigma"]
     # An option of the method counts where the method trains the first stage its own way.
     assert found(phantom(method__temperature=0.5)) == ["method.temperature"] * by_method
     assert ("method.name" in found(phantom("self_training"))) == by_method

@@ -22,6 +22,7 @@ from lclseg.page import suggestions
 from lclseg.page.recorded import RunError, find_prepared
 from lclseg.run import devices
 from lclseg.run.setup import start_run
+from lclseg.through_plane import smooth_across_slices
 
 ROOT = Path(__file__).parents[1]
 VALUES = (3, 300)  # of the classes in the files: no class numbers, and no uint8
@@ -210,6 +211,19 @@ def test_the_estimate_is_of_single_copies(tiny_run, tmp_path):
     )
     assert found.expected_dice == pytest.approx(plain)
     assert averaged != pytest.approx(plain)
+
+
+def test_volumes_are_predicted_as_the_model_says(tiny_run):
+    workdir, results = tiny_run
+    (volume_id,) = results["volumes"]["unlabeled"]
+    model = model_files.load_run(workdir)
+    prepared, _ = find_prepared(json.loads((workdir / "config.json").read_text()))
+    network = predict.mean_predictor([model])
+    image, _ = prepared.read_slices(prepared.volumes[volume_id].slices)
+    plain, spacing_mm = network(image), prepared.read_native(volume_id).spacing_mm[2]
+    found = suggest.predict_volume(network, model, prepared, volume_id)
+    np.testing.assert_allclose(found, smooth_across_slices(plain, spacing_mm, 8.0), atol=1e-5)
+    assert np.abs(found - plain).max() > 0.01
 
 
 def test_masks_keep_the_largest_component(tiny_run, tmp_path):

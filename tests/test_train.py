@@ -36,6 +36,7 @@ from lclseg.run.start_from import take_over_baseline
 from lclseg.run.stopping import Interrupted
 from lclseg.run.workdir import read_json
 from lclseg.stage import Mark, run_steps, slices_of
+from lclseg.through_plane import smooth_across_slices
 
 ROOT = Path(__file__).parents[1]
 
@@ -653,6 +654,12 @@ def test_the_mean_over_turned_copies_on_all_devices(finished, data_dir):
     refined = dense_crf(images, expected, **config.crf)
     assert np.abs(refined - expected).max() > 0.01
     np.testing.assert_allclose(probs_tested(run, config, state), refined, atol=1e-4)
+    # And smooths it across slices.
+    spacing_mm = run.prepared.read_native(run.split.test[0]).spacing_mm[2]
+    config.predictions.through_plane_sigma = spacing_mm
+    smoothed = smooth_across_slices(np.asarray(refined), spacing_mm, spacing_mm)
+    assert np.abs(smoothed - refined).max() > 0.01
+    np.testing.assert_allclose(probs_tested(run, config, state), smoothed, atol=1e-4)
 
 
 def probs_tested(run, config, state):
@@ -670,11 +677,11 @@ def probs_tested(run, config, state):
 
 
 @pytest.mark.parametrize("averaged", [False, True])
-@pytest.mark.parametrize("crf_steps", [0, 2])
+@pytest.mark.parametrize("crf_steps, sigma", [(0, 0.0), (2, 0.0), (0, 8.0)])
 def test_refreshed_labels_are_those_of_the_probabilities(
-    finished, data_dir, tmp_path, crf_steps, averaged
+    finished, data_dir, tmp_path, crf_steps, sigma, averaged
 ):
-    """Where no CRF refines them, a byte a pixel comes from the devices; the same to the bit."""
+    """A byte a pixel comes from the devices where that is all there is to know; the same labels."""
     workdir, _ = finished
     run = start_run(tiny_config(data_dir), workdir)
     state = devices.replicate(initial_state(run, "first"))
@@ -682,7 +689,10 @@ def test_refreshed_labels_are_those_of_the_probabilities(
     config = run.config.copy_and_resolve_references()
     config.crf.num_steps = crf_steps
     config.pseudo_labels.update(
-        largest_component="yes", min_confidence=0.3, test_time_augmentation=averaged
+        largest_component="yes",
+        min_confidence=0.3,
+        test_time_augmentation=averaged,
+        through_plane_sigma=sigma,
     )
     run = dataclasses.replace(run, config=config)
     images = run.prepared.read_slices(stored.records)[0]
@@ -691,7 +701,9 @@ def test_refreshed_labels_are_those_of_the_probabilities(
     expected, row = [], 0
     for volume_id in sorted(stored.report["volume_ids"]):
         end = row + len(run.prepared.volumes[volume_id].slices)
-        expected.append(label_of(probs[row:end], min_confidence=0.3, keep_largest=(1, 2, 3)))
+        spacing_mm = run.prepared.read_native(volume_id).spacing_mm[2]
+        own = smooth_across_slices(probs[row:end], spacing_mm, sigma)
+        expected.append(label_of(own, min_confidence=0.3, keep_largest=(1, 2, 3)))
         row = end
     expected = np.concatenate(expected)
     assert 0 < np.mean(expected == IGNORE) < 1
@@ -701,7 +713,7 @@ def test_refreshed_labels_are_those_of_the_probabilities(
     bytes_a_pixel = {
         np.asarray(call.args[2]).nbytes // call.args[1].size for call in made.mock_calls
     }
-    assert bytes_a_pixel == ({2 * 4 * 4} if crf_steps else {1})
+    assert bytes_a_pixel == ({2 * 4 * 4} if crf_steps or sigma else {1})
     # And those that a round begins with.
     best = mock.Mock(state=devices.unreplicate(state), stage=mock.Mock())
     best.stage.name = "baseline"

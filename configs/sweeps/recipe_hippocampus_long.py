@@ -19,3 +19,10 @@ ROWS |= {
     "self-training, weight 0.5, confidence 0.9": short["self_training"](0.5) | CONFIDENT,
     "self-training, weight 1, confidence 0.9": short["self_training"](1.0) | CONFIDENT,
 }
+# Slices lie 1 mm apart there, and next ones show nearly the same.
+THROUGH_PLANE = {"pseudo_labels.through_plane_sigma": 1.0, "predictions.through_plane_sigma": 1.0}
+ROWS |= {
+    "self-training, weight 0.5, confidence 0.9, through-plane": short["self_training"](0.5)
+    | CONFIDENT
+    | THROUGH_PLANE,
+}

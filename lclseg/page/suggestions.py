@@ -38,7 +38,7 @@ def page(
     config: dict,
     about: dict,
     prepared: PreparedSet,
-    network: Callable[[np.ndarray], np.ndarray],
+    predict: Callable[[str], np.ndarray],
     suggestions: Sequence[Suggestion],
     *,
     keep_largest: Sequence[Kind],
@@ -49,7 +49,7 @@ def page(
       config: of the run, read from JSON.
       about: "workdir", "stage" and "step" of the model that looked.
       prepared: the run's data set.
-      network: slices [S, H, W] -> class probabilities [S, H, W, C].
+      predict: volume id -> class probabilities [S, H, W, C].
       suggestions: the pool, the lowest expected Dice first; those with a mask are shown.
       keep_largest: classes of which the masks to start from keep the largest component alone.
     """
@@ -59,7 +59,7 @@ def page(
         f"<header><h1>{text(title)}</h1><p>Run {text(about['workdir'])}, "
         f"{text(named(about['stage']))}, step {about['step']}; {len(suggestions)} unlabelled "
         "volumes.</p></header>",
-        section(2, "Look at these first", *_poorest(chosen, prepared, network, keep_largest)),
+        section(2, "Look at these first", *_poorest(chosen, prepared, predict, keep_largest)),
         section(2, "How to go on", *_how(config, about, chosen)),
         section(2, "All unlabelled volumes", *_all(suggestions)),
     ]
@@ -69,7 +69,7 @@ def page(
 def _poorest(
     chosen: Sequence[Suggestion],
     prepared: PreparedSet,
-    network: Callable[[np.ndarray], np.ndarray],
+    predict: Callable[[str], np.ndarray],
     keep_largest: Sequence[Kind],
 ) -> Iterator[str]:
     keys = (key(n, c, "area") for n, c in zip(prepared.class_names, PALETTE * 40, strict=False))
@@ -78,7 +78,7 @@ def _poorest(
         yield f"<h3>{s.rank}. {text(s.volume_id)}</h3>"
         yield f"<p>Expected Dice {s.expected_dice:.2f}.</p>"
         image, _ = prepared.read_slices(prepared.volumes[s.volume_id].slices)
-        probs = network(image)
+        probs = predict(s.volume_id)
         label = largest_component(probs.argmax(axis=-1), keep_largest)
         image = image if image.ndim == 3 else image[..., 0]
         doubt = (1 - probs.max(axis=-1)).sum(axis=(1, 2))

@@ -104,6 +104,8 @@ RULES: dict[str, Rule] = {
     "predictions.test_time_augmentation": YES_NO,
     "pseudo_labels.crf": YES_NO,
     "predictions.crf": YES_NO,
+    "pseudo_labels.through_plane_sigma": NOT_NEGATIVE,
+    "predictions.through_plane_sigma": NOT_NEGATIVE,
     "optimizer.learning_rate": ABOVE_0,
     "optimizer.ema_decay": SHARE_BELOW_1,
     "rounds.baseline_steps": whole(1),

@@ -44,8 +44,8 @@ def evaluate_state(
     """Metrics of a state, a copy per device, on volumes; see `evaluation.evaluate`.
 
     Probabilities come to the host, not labels: they are resampled to each volume's own geometry.
-    They are what the run hands out: means over copies, refined by the CRF, each as the config has
-    it.
+    They are what the run hands out: means over copies, refined by the CRF, smoothed across slices,
+    each as the config has it.
     """
     options = run.config.predictions
     return evaluation.evaluate(
@@ -59,5 +59,6 @@ def evaluate_state(
         run.prepared,
         volume_ids,
         batch_size=run.config.data.eval_batch_size,
+        through_plane_sigma=options.through_plane_sigma,
         **kwargs,
     )
