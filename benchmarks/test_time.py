@@ -87,12 +87,13 @@ def dice_of(workdir: Path, role: str, stage: str | None, how: Sequence[Variant])
     model = model_files.load_run(workdir, stage)
     found = []
     for variant in how:
+        changed = model._replace(**{k: v for k, v in variant._asdict().items() if k != "name"})
         summary = evaluation.evaluate(
-            predict.mean_predictor([model._replace(angles=variant.angles, crf=variant.crf)]),
+            predict.mean_predictor([changed]),
             prepared,
             ids,
             batch_size=model.batch_size,
-            through_plane_sigma=variant.through_plane_sigma,
+            refine=predict.refiner([changed]),
             with_distances=False,
             one_piece=model.largest_component,
         )

@@ -16,14 +16,45 @@ from lclseg.through_plane import smooth_across_slices
 
 # Maps slices [M, H, W] to class probabilities [M, H, W, C], for any M.
 Predict = Callable[[np.ndarray], np.ndarray]
+# Maps a volume's slices [S, H, W], its probabilities [S, H, W, C], and how far its slices lie
+# apart, in mm, to refined probabilities [S, H, W, C].
+Refine = Callable[[np.ndarray, np.ndarray, float], np.ndarray]
 
 
 class VolumePrediction(NamedTuple):
-    """Network output for one volume: image [S, H, W] and probs [S, H, W, C], training grid."""
+    """What is predicted for one volume, on the training grid.
+
+    Attributes:
+      volume_id: whose.
+      image: [S, H, W], or [S, H, W, K].
+      network: [S, H, W, C], the network's probabilities, which tell how sure it is.
+      probs: [S, H, W, C], the refined ones, whose most probable class is the label; those of the
+        network where nothing refines. Refining saturates (a dense CRF takes 0.4 to 0.999), so that
+        these tell nothing about certainty.
+    """
 
     volume_id: str
     image: np.ndarray
+    network: np.ndarray
     probs: np.ndarray
+
+
+def refiner(
+    through_plane_sigma: float, crf: Callable[[np.ndarray, np.ndarray], np.ndarray] | None
+) -> Refine | None:
+    """What refines a volume's probabilities; None where nothing does.
+
+    They are smoothed across slices by `through_plane_sigma`, mm, see `through_plane`; then comes
+    `crf`, which maps slices [M, H, W] and probabilities [M, H, W, C] to refined ones.
+    """
+    if not through_plane_sigma and crf is None:
+        return None
+
+    def refine(image: np.ndarray, probs: np.ndarray, slice_spacing_mm: float) -> np.ndarray:
+        smoothed = smooth_across_slices(probs, slice_spacing_mm, through_plane_sigma)
+        return smoothed if crf is None else crf(grid.first_channel(image), smoothed)
+
+    return refine
 
 
 def predict_volumes(
@@ -32,18 +63,14 @@ def predict_volumes(
     volume_ids: Sequence[str],
     *,
     batch_size: int,
-    through_plane_sigma: float = 0.0,
+    refine: Refine | None = None,
 ) -> Iterator[VolumePrediction]:
-    """Predicts volumes of a prepared set, see `predict_images`.
-
-    With `through_plane_sigma`, mm, smoothed over the slices of each; see `through_plane`.
-    """
+    """Predicts volumes of a prepared set, see `predict_images`, and refines each."""
     images = ((v, prepared.read_slices(prepared.volumes[v].slices)[0]) for v in volume_ids)
     for found in predict_images(predict, images, batch_size=batch_size):
-        if through_plane_sigma:
+        if refine is not None:
             spacing_mm = prepared.read_native(found.volume_id).spacing_mm[2]
-            probs = smooth_across_slices(found.probs, spacing_mm, through_plane_sigma)
-            found = found._replace(probs=probs)
+            found = found._replace(probs=refine(found.image, found.network, spacing_mm))
         yield found
 
 
@@ -51,6 +78,8 @@ def predict_images(
     predict: Predict, images: Iterable[tuple[str, np.ndarray]], *, batch_size: int
 ) -> Iterator[VolumePrediction]:
     """Predicts volumes one after the other, in full batches that run across volume borders.
+
+    Nothing is refined.
 
     Args:
       predict: slices -> class probabilities.
@@ -64,7 +93,8 @@ def predict_images(
     def complete() -> Iterator[VolumePrediction]:
         while waiting and len(waiting[0][1]) <= len(probs):
             volume_id, image = waiting.pop(0)
-            yield VolumePrediction(volume_id, image, np.stack(probs[: len(image)]))
+            network = np.stack(probs[: len(image)])
+            yield VolumePrediction(volume_id, image, network, network)
             del probs[: len(image)]
 
     for volume_id, image in images:
@@ -110,7 +140,7 @@ def evaluate(
     volume_ids: Sequence[str],
     *,
     batch_size: int,
-    through_plane_sigma: float = 0.0,
+    refine: Refine | None = None,
     with_distances: bool,
     save_to: Path | None = None,
     one_piece: Sequence[Kind] = (),
@@ -123,7 +153,7 @@ def evaluate(
       prepared: the data set.
       volume_ids: volumes with ground truth.
       batch_size: slices per call of `predict`.
-      through_plane_sigma: see `predict_volumes`.
+      refine: see `refiner`.
       with_distances: compute HD95 and ASSD too (slow; for the test set).
       save_to: folder for the predicted labels as NIfTI, <volume_id>.nii.gz.
       one_piece: classes of which the largest component is kept in a second evaluation, whose
@@ -135,11 +165,7 @@ def evaluate(
     """
     records, cleaned = {}, {}
     predictions = predict_volumes(
-        predict,
-        prepared,
-        volume_ids,
-        batch_size=batch_size,
-        through_plane_sigma=through_plane_sigma,
+        predict, prepared, volume_ids, batch_size=batch_size, refine=refine
     )
     for prediction in predictions:
         on_prediction(prediction)

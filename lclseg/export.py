@@ -292,13 +292,13 @@ def model_card(model: TrainedModel) -> str:
             "\nA prediction is the mean over the slice as it is and copies of it, turned by\n"
             f"{degrees} degrees."
         )
-    if model.crf:
-        after += "\nA dense CRF then moves its edges to those of the image."
     if model.through_plane_sigma:
         after += (
-            "\nProbabilities are then smoothed across slices, by a Gaussian of "
+            "\nProbabilities are smoothed across slices, by a Gaussian of "
             f"{model.through_plane_sigma:g} mm."
         )
+    if model.crf:
+        after += "\nA dense CRF then moves edges to those of the image."
     method = "supervised"
     if facts["stage"] != "baseline":
         method = f"semi-supervised by the method {facts.get('method', 'local_contrastive')}"

@@ -9,12 +9,9 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 
 from lclseg import evaluation
-from lclseg.crf import dense_crf
 from lclseg.data.batches import REFRESH_STREAM
 from lclseg.losses import IGNORE
 from lclseg.pseudo_labels import (
@@ -26,7 +23,7 @@ from lclseg.pseudo_labels import (
     label_of_bytes,
 )
 from lclseg.run import devices, multihost
-from lclseg.run.predictions import predictor
+from lclseg.run.predictions import predictor, refinement
 from lclseg.run.programs import Stage
 from lclseg.run.setup import Run
 
@@ -65,31 +62,9 @@ class StoredLabels:
                 path.unlink()
 
 
-@functools.cache  # or each round would compile its own
-def _with_crf(**settings) -> Callable:
-    def both(image, probs):
-        return jnp.stack([probs, dense_crf(image, probs, **settings)], axis=1)
-
-    return devices.on_each(both)
-
-
-@functools.cache
-def _without_crf() -> Callable:
-    return devices.on_each(lambda image, probs: jnp.stack([probs, probs], axis=1))
-
-
 @functools.cache
 def _as_bytes(min_confidence: float) -> Callable:
-    return devices.on_each(lambda image, probs: label_bytes(probs, min_confidence))
-
-
-def refinement(config: ConfigDict) -> Callable:
-    """What makes `PredictRefined` of a predictor, on all devices: the config's CRF, if any."""
-    return _with_crf(**config.crf) if _is_refined(config) else _without_crf()
-
-
-def _is_refined(config: ConfigDict) -> bool:
-    return config.pseudo_labels.crf and config.crf.num_steps > 0
+    return devices.on_each(lambda probs: label_bytes(probs, min_confidence))
 
 
 def draw_volumes(rng: np.random.Generator, num_slices: Mapping[str, int], wanted: int) -> list[str]:
@@ -105,21 +80,21 @@ def draw_volumes(rng: np.random.Generator, num_slices: Mapping[str, int], wanted
 def predict_labels(run: Run, replicated, volume_ids: Sequence[str]) -> np.ndarray:
     """Labels [n, H, W] uint8 of volumes, in the order of their records, by a state.
 
-    As for a round: refined by the CRF, smoothed across slices, the largest component kept,
+    As for a round: smoothed across slices, refined by the CRF, the largest component kept,
     uncertain pixels `IGNORE`, each as the config has it. The state is a copy per device.
     """
     options = run.config.pseudo_labels
     keep_largest = run.classes_in_one_piece(options.largest_component)
-    label: Callable[..., np.ndarray]
-    if (
-        _is_refined(run.config)
-        or options.through_plane_sigma
-        or run.prepared.num_classes > UNCERTAIN
-    ):
-        finish = refinement(run.config)
-        label = functools.partial(label_of, min_confidence=options.min_confidence)
-    else:  # a byte a pixel, where the probabilities are many
-        finish, label = _as_bytes(options.min_confidence), label_of_bytes
+    refine = refinement(run.config, options)
+    finish = None
+    if refine is None and run.prepared.num_classes <= UNCERTAIN:
+        finish = _as_bytes(options.min_confidence)  # a byte a pixel; the probabilities are many
+
+    def label(found: evaluation.VolumePrediction) -> np.ndarray:
+        if finish is not None:
+            return label_of_bytes(found.probs, keep_largest=keep_largest)
+        return label_of(found, min_confidence=options.min_confidence, keep_largest=keep_largest)
+
     predictions = evaluation.predict_volumes(
         # Not stoppable: it belongs to the step before it.
         predictor(
@@ -132,9 +107,9 @@ def predict_labels(run: Run, replicated, volume_ids: Sequence[str]) -> np.ndarra
         run.prepared,
         sorted(volume_ids, key=lambda v: run.prepared.volumes[v].first_slice),
         batch_size=run.config.data.eval_batch_size,
-        through_plane_sigma=options.through_plane_sigma,
+        refine=refine,
     )
-    return np.concatenate([label(p.probs, keep_largest=keep_largest) for p in predictions])
+    return np.concatenate([label(found) for found in predictions])
 
 
 def refresher(

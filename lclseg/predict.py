@@ -38,7 +38,6 @@ from lclseg.model_files import ModelError, TrainedModel, kept_largest
 from lclseg.page import tables
 from lclseg.run import devices, progress
 from lclseg.run.workdir import write_json
-from lclseg.through_plane import smooth_across_slices
 
 # Where a label of NAME may be: the ways of ACDC, nnU-Net and MM-WHS among them.
 LABEL_NAMES: tuple[Callable[[str], str], ...] = (
@@ -219,21 +218,24 @@ def classes_to_clean(models: Sequence[TrainedModel], choice: str) -> tuple[Kind,
     return first.largest_component
 
 
-def agreed_smoothing(models: Sequence[TrainedModel]) -> float:
-    """How far the mean of the models is smoothed across slices, mm; see `through_plane`.
+def refiner(models: Sequence[TrainedModel]) -> evaluation.Refine | None:
+    """What refines the mean of the models' probabilities, as they say; see `evaluation.refiner`.
 
     Raises:
-      ModelError: the models say different things.
+      ModelError: they say different things.
     """
     first = models[0]
     for other in models[1:]:
-        if other.through_plane_sigma != first.through_plane_sigma:
-            raise ModelError(
-                f"{first.source} smooths across slices by {first.through_plane_sigma:g} mm, "
-                f"{other.source} by {other.through_plane_sigma:g} mm; wanted the same for their "
-                "mean: give runs of one predictions.through_plane_sigma"
-            )
-    return first.through_plane_sigma
+        for field in ("through_plane_sigma", "crf"):
+            ours, theirs = getattr(first, field), getattr(other, field)
+            if ours != theirs:
+                raise ModelError(
+                    f"{first.source} has a {field} of {ours or 'none'}, {other.source} of "
+                    f"{theirs or 'none'}; wanted the same for their mean: give runs whose "
+                    "predictions are refined in one way"
+                )
+    crf = devices.batched_crf(**first.crf) if first.crf else None
+    return evaluation.refiner(first.through_plane_sigma, crf)
 
 
 def mean_predictor(models: Sequence[TrainedModel]) -> evaluation.Predict:
@@ -243,7 +245,6 @@ def mean_predictor(models: Sequence[TrainedModel]) -> evaluation.Predict:
             devices.compiled_predict(model_files.unet(m.preprocessing, m.architecture), m.angles),
             devices.replicate(m.state),
             batch_size=-(-m.batch_size // (1 + len(m.angles))),
-            finish=devices.compiled_crf(**m.crf) if m.crf else None,
         )
         for m in models
     ]
@@ -342,7 +343,7 @@ def segment(
     outputs: Outputs,
     *,
     batch_size: int,
-    through_plane_sigma: float = 0.0,
+    refine: evaluation.Refine | None = None,
     keep_largest: Sequence[Kind] = (),
 ) -> dict:
     """Predicts cases and writes the results.
@@ -353,7 +354,7 @@ def segment(
       cases: what to segment.
       outputs: see `plan_outputs`.
       batch_size: slices per call of `predict`.
-      through_plane_sigma: mm, of the smoothing of probabilities across slices; see `through_plane`.
+      refine: see `refiner`.
       keep_largest: classes of which a label keeps the largest component alone; probabilities stay
         as they are.
 
@@ -373,10 +374,11 @@ def segment(
 
     predictions = evaluation.predict_images(predict, read(), batch_size=batch_size)
     seen = progress.each(predictions, "segmenting", len(cases), leave=False, say=progress.to_stderr)
-    for case_id, _, probs in seen:
+    for case_id, image, _, probs in seen:
         volume = native.pop(case_id)
         spacing_mm, turn = volume.spacing_mm, volume.orientation
-        probs = smooth_across_slices(probs, spacing_mm[2], through_plane_sigma)
+        if refine is not None:
+            probs = refine(image, probs, spacing_mm[2])
         back: dict[str, Any] = {
             "shape": volume.image.shape[:2],
             "target_spacing_mm": how.target_spacing_mm,
@@ -452,7 +454,7 @@ def predict_files(
         cases,
         outputs,
         batch_size=models[0].batch_size,
-        through_plane_sigma=agreed_smoothing(models),
+        refine=refiner(models),
         keep_largest=cleaned,
     )
     if outputs.metrics is None:

@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,11 +28,6 @@ logger = logging.getLogger("lclseg")
 # labelled ones do.
 SUSPICIOUS_FACTOR = 4
 UNCERTAIN = 128  # what `label_bytes` adds to a class; classes are fewer
-
-# Maps slices [M, H, W] to class probabilities [M, 2, H, W, C], for any M: the network's, which tell
-# how sure it is, and the refined ones, whose most probable class is the label. Refining saturates
-# (a dense CRF takes 0.4 to 0.999), so that refined ones tell nothing about certainty.
-PredictRefined = Callable[[np.ndarray], np.ndarray]
 
 
 class PseudoLabelError(UserError):
@@ -70,13 +65,13 @@ class PseudoLabels:
 
 
 def make_pseudo_labels(
-    predict: PredictRefined,
+    predict: evaluation.Predict,
     prepared: PreparedSet,
     volume_ids: Sequence[str],
     folder: Path,
     *,
     batch_size: int,
-    through_plane_sigma: float = 0.0,
+    refine: evaluation.Refine | None = None,
     previous: PseudoLabels | None,
     labeled_ids: Sequence[str] = (),
     agreements: Mapping[str, float] | None = None,
@@ -91,13 +86,12 @@ def make_pseudo_labels(
     to learn from: the pseudo-labels of the round before are kept, and the report says so.
 
     Args:
-      predict: slices -> the network's and refined class probabilities.
+      predict: slices -> class probabilities.
       prepared: the data set.
       volume_ids: the unlabelled volumes.
       folder: of this round; report.json is written last and marks it complete.
       batch_size: slices per call of `predict`.
-      through_plane_sigma: mm; both kinds of probabilities are smoothed so far across the slices of
-        a volume, see `through_plane`; 0: they are not.
+      refine: see `evaluation.refiner`.
       previous: pseudo-labels of the round before.
       labeled_ids: volumes whose ground truth tells how large the classes are, for the warnings.
       agreements: of the volumes, see `quality_gate.agreement`; None: no gate.
@@ -121,11 +115,7 @@ def make_pseudo_labels(
             return _keep_previous(previous, folder, prepared, reason, gate, made_by)
     labels = _create_labels(folder, len(_records(prepared, ids)), prepared.image_size)
     predictions = evaluation.predict_volumes(
-        predict,
-        prepared,
-        ids,
-        batch_size=batch_size,
-        through_plane_sigma=through_plane_sigma,
+        predict, prepared, ids, batch_size=batch_size, refine=refine
     )
     told, row = {}, 0
     for prediction in progress.each(predictions, "pseudo-labels", len(ids), leave=False):
@@ -172,15 +162,18 @@ def _reserve(path: Path) -> None:
 
 
 def label_of(
-    probs: np.ndarray, *, min_confidence: float, keep_largest: Sequence[Kind]
+    prediction: evaluation.VolumePrediction,
+    *,
+    min_confidence: float,
+    keep_largest: Sequence[Kind],
 ) -> np.ndarray:
-    """The pseudo-label [S, H, W] uint8 of a volume, from probabilities [S, 2, H, W, C].
+    """The pseudo-label [S, H, W] uint8 of a volume.
 
-    The most probable class of the refined ones, of the classes `keep_largest` the largest
+    The most probable class by the refined probabilities, of the classes `keep_largest` the largest
     component; `IGNORE` where the network's own probability is below `min_confidence`.
     """
-    label = probs[:, 1].argmax(axis=-1).astype(np.uint8)
-    return _finished(label, probs[:, 0].max(axis=-1) < min_confidence, keep_largest)
+    label = prediction.probs.argmax(axis=-1).astype(np.uint8)
+    return _finished(label, prediction.network.max(axis=-1) < min_confidence, keep_largest)
 
 
 def _finished(label: np.ndarray, uncertain: np.ndarray, keep_largest: Sequence[Kind]) -> np.ndarray:
@@ -247,11 +240,10 @@ def _write_volume(
 ) -> tuple[np.ndarray, _About]:
     """The label [S, H, W] of a volume and what there is to tell; writes it as NIfTI."""
     volume_id = prediction.volume_id
-    network, refined = prediction.probs[:, 0], prediction.probs[:, 1]
-    confidence = network.max(axis=-1)
-    label = label_of(prediction.probs, min_confidence=min_confidence, keep_largest=keep_largest)
+    confidence = prediction.network.max(axis=-1)
+    label = label_of(prediction, min_confidence=min_confidence, keep_largest=keep_largest)
     native = prepared.read_native(volume_id)
-    native_label = evaluation.to_native_label(prepared, volume_id, refined)
+    native_label = evaluation.to_native_label(prepared, volume_id, prediction.probs)
     native_label = largest_component(native_label, keep_largest)
     path = folder / f"{volume_id}.nii.gz"
     nifti.write_label(path, native_label, native.affine, native.spacing_mm, turn=native.orientation)

@@ -69,7 +69,7 @@ def predict_volume(
         prepared,
         [volume_id],
         batch_size=model.batch_size,
-        through_plane_sigma=model.through_plane_sigma,
+        refine=predict.refiner([model]),
     )
     return found.probs
 
@@ -97,7 +97,7 @@ def write_masks(
             cases,
             outputs,
             batch_size=model.batch_size,
-            through_plane_sigma=model.through_plane_sigma,
+            refine=predict.refiner([model]),
             keep_largest=model.largest_component,
         )
     for volume_id in volume_ids:
@@ -148,10 +148,10 @@ def suggest(
     if prepared is None:
         raise RunError(f"{why}; wanted it here: copy it, or train where it is")
     network = predict.mean_predictor([model])
-    # Its agreement is between single copies, as the network has them: a mean over copies, or what
-    # follows the image's edges, agrees with itself.
-    single = model._replace(angles=(), crf={})
-    plain = predict.mean_predictor([single]) if model.angles or model.crf else network
+    # Its agreement is between single copies, as the network has them: a mean over copies agrees
+    # with itself, and so would what is smoothed, or follows the image's edges.
+    single = model._replace(angles=())
+    plain = predict.mean_predictor([single]) if model.angles else network
     flips = quality_gate.has_seen_flips(as_now(config)["augment"])
     ids = roles["unlabeled"]
     seen = progress.each(ids, "looking at the pool", len(ids), leave=False, say=progress.to_stderr)

@@ -14,11 +14,10 @@ from ml_collections import ConfigDict
 
 from lclseg import model_files, passes, quality_gate, report, steps
 from lclseg.data import own_data
-from lclseg.label_stream import refinement
 from lclseg.pseudo_labels import PseudoLabels, load_pseudo_labels, make_pseudo_labels
 from lclseg.run import devices, multihost, progress
 from lclseg.run.config_checks import check_config
-from lclseg.run.predictions import evaluate_state, predictor
+from lclseg.run.predictions import evaluate_state, predictor, refinement
 from lclseg.run.programs import Stage, stages
 from lclseg.run.setup import Run, initial_state, start_run
 from lclseg.run.start_from import take_over_baseline
@@ -140,13 +139,12 @@ def pseudo_label_pool(
             run,
             replicated,
             test_time_augmentation=options.test_time_augmentation,
-            finish=refinement(run.config),
         ),
         run.prepared,
         run.split.unlabeled,
         folder,
         batch_size=run.config.data.eval_batch_size,
-        through_plane_sigma=options.through_plane_sigma,
+        refine=refinement(run.config, options),
         previous=previous,
         labeled_ids=run.split.labeled,
         agreements=agreements,

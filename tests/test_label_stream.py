@@ -1,13 +1,11 @@
 """Labels made on the devices: a byte a pixel, to the bit those of the probabilities."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 
 from lclseg import label_stream
-from lclseg.crf import dense_crf
+from lclseg.evaluation import VolumePrediction
 from lclseg.losses import IGNORE
 from lclseg.pseudo_labels import label_bytes, label_of, label_of_bytes
 
@@ -31,9 +29,8 @@ def test_bytes_give_the_labels_of_the_probabilities(min_confidence, keep_largest
     probs = probabilities()
     found = np.asarray(jax.jit(label_bytes, static_argnums=1)(probs, min_confidence))
     assert found.shape == (3, 16, 16, 1) and found.dtype == np.uint8
-    expected = label_of(
-        np.stack([probs, probs], axis=1), min_confidence=min_confidence, keep_largest=keep_largest
-    )
+    prediction = VolumePrediction("", np.empty(0), probs, probs)
+    expected = label_of(prediction, min_confidence=min_confidence, keep_largest=keep_largest)
     assert np.any(expected == IGNORE) == (min_confidence > 0)
     np.testing.assert_array_equal(label_of_bytes(found, keep_largest=keep_largest), expected)
 
@@ -50,27 +47,3 @@ def test_volumes_are_drawn_until_they_have_enough_slices():
     for wanted in (0, 1000):
         found = label_stream.draw_volumes(np.random.default_rng(0), num_slices, wanted)
         assert set(found) == set(num_slices)
-
-
-def test_the_crf_refines_on_all_devices():
-    """Each its share of the slices; as one device would all of them."""
-    settings = {"spatial_sigma": 2.0, "spatial_weight": 3.0, "bilateral_sigma": 0.01}
-    settings |= {"intensity_sigma": 0.5, "bilateral_weight": 1.0, "num_steps": 3}
-    rng = np.random.default_rng(1)
-    image = rng.random((4, 2, 8, 8), np.float32)
-    probs = rng.dirichlet([1.0] * 3, (4, 2, 8, 8)).astype(np.float32)
-    config = ConfigDict({"crf": settings, "pseudo_labels": {"crf": True}})
-    found = label_stream.refinement(config)(image, probs)
-    assert found.sharding.device_set == set(jax.local_devices()) and found.shape[:3] == (4, 2, 2)
-    alone = dense_crf(jnp.reshape(image, (8, 8, 8)), jnp.reshape(probs, (8, 8, 8, 3)), **settings)
-    np.testing.assert_array_equal(found[:, :, 0], probs)
-    np.testing.assert_allclose(np.reshape(found[:, :, 1], alone.shape), alone, atol=1e-5)
-    assert np.any(np.argmax(alone, -1) != np.argmax(np.reshape(probs, alone.shape), -1))
-    # The same program for each round.
-    again = config.copy_and_resolve_references()
-    assert label_stream.refinement(config) is label_stream.refinement(again)
-    config.crf.num_steps = 0
-    again.pseudo_labels.crf = False  # predictions alone are refined
-    for unrefined in (config, again):
-        plain = label_stream.refinement(unrefined)(image, probs)
-        np.testing.assert_array_equal(plain, np.stack([probs, probs], axis=2))

@@ -498,6 +498,7 @@ def test_the_model_that_is_handed_out_predicts_as_its_test_did(name, finished, d
         prepared,
         split.test,
         batch_size=16,
+        refine=predict.refiner([model]),
         with_distances=False,
     )
     tested = run.results["results"][run.results["chosen"]]["test"]

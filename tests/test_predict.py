@@ -19,6 +19,7 @@ from lclseg.data.nifti import VolumeError
 from lclseg.data.preprocess import Preprocessing
 from lclseg.model_files import ModelError
 from lclseg.run import devices
+from lclseg.through_plane import smooth_across_slices
 from tfds_builders.phantom import synthesis
 
 TEST_VOLUMES = (4, 5)
@@ -729,7 +730,7 @@ def test_damaged_checkpoints_and_foreign_folders(tiny_run, tmp_path):
 
 
 def test_mean_of_several_models(tiny_run):
-    """Against the network applied by hand, by one to turned slices too, and then refined."""
+    """Against the network applied by hand, by one to turned slices too."""
     model = model_files.load_run(tiny_run[0])
     other = model._replace(
         state=model_files.inference_state(
@@ -737,9 +738,8 @@ def test_mean_of_several_models(tiny_run):
         ),
         batch_size=5,
         angles=(),
-        crf={},
     )
-    assert len(model.angles) == 2 and model.crf["num_steps"] == 2
+    assert len(model.angles) == 2
     images = np.random.default_rng(0).random((9, 32, 32), np.float32)
     by_hand = []
     for m in (model, other):
@@ -755,9 +755,6 @@ def test_mean_of_several_models(tiny_run):
             )
         )
     assert np.abs(by_hand[0] - by_hand[1]).max() > 0.1
-    plain = by_hand[0]
-    by_hand[0] = dense_crf(images, plain, **model.crf)
-    assert np.abs(by_hand[0] - plain).max() > 0.1
     mean = predict.mean_predictor([model, other])(images)
     np.testing.assert_allclose(mean, (by_hand[0] + by_hand[1]) / 2, atol=1e-5)
 
@@ -780,12 +777,27 @@ def test_models_of_other_classes_or_preprocessing_are_not_averaged(
     assert str(value) in str(error.value)
 
 
-def test_models_that_smooth_otherwise_are_not_averaged(tiny_run):
+def test_a_mean_is_refined_as_its_models_say(tiny_run):
+    """Smoothed, then by the CRF; the volume is longer than what goes through that at once."""
     model = model_files.load_run(tiny_run[0])
-    assert predict.agreed_smoothing([model, model]) == 8.0
+    assert model.crf["num_steps"] == 2 and model.through_plane_sigma == 8.0
+    rng = np.random.default_rng(0)
+    image = rng.random((19, 32, 32), np.float32)
+    probs = rng.dirichlet([0.3] * 4, image.shape).astype(np.float32)
+    smoothed = smooth_across_slices(probs, 5.0, 8.0)
+    expected = dense_crf(image, smoothed, **model.crf)
+    assert np.abs(expected - smoothed).max() > 0.1 < np.abs(smoothed - probs).max()
+    found = predict.refiner([model, model])(image, probs, 5.0)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    by_channels = np.stack([image, rng.random(image.shape, np.float32)], axis=-1)
+    np.testing.assert_array_equal(predict.refiner([model])(by_channels, probs, 5.0), found)
+    assert predict.refiner([model._replace(crf={}, through_plane_sigma=0.0)]) is None
+    # All of them the same way.
     other = model._replace(through_plane_sigma=0.0, source="OTHER")
-    with pytest.raises(ModelError, match="by 8 mm, OTHER by 0 mm; wanted the same .* give runs"):
-        predict.agreed_smoothing([model, other])
+    with pytest.raises(ModelError, match="through_plane_sigma of 8.0, OTHER of none; wanted the"):
+        predict.refiner([model, other])
+    with pytest.raises(ModelError, match="crf of {'bilateral_sigma'.* OTHER of none"):
+        predict.refiner([model, other._replace(crf={}, through_plane_sigma=8.0)])
 
 
 def test_the_command(tiny_run, phantom_folder, tmp_path, main, capsys, predicted):

@@ -25,23 +25,19 @@ def stripe(first, last, value=1):
 
 
 def predict(images):
-    """Class round(v) where the pixel is v; probability 0.6 where v is below it, else 0.8.
-
-    What "refining" gives is sure of the same class, as after a CRF.
-    """
+    """Class round(v) where the pixel is v; probability 0.6 where v is below it, else 0.8."""
     label = np.rint(images).astype(int)
     top = np.where(images < label, 0.6, 0.8)[..., None]
-    network = np.where(np.eye(3, dtype=bool)[label], top, (1 - top) / 2).astype(np.float32)
-    return np.stack([network, saturated(network)], axis=1)
+    return np.where(np.eye(3, dtype=bool)[label], top, (1 - top) / 2).astype(np.float32)
 
 
-def saturated(probs):
+def saturated(image, probs, slice_spacing_mm):
+    """Refines as a CRF does: it is sure of the same class."""
     return np.where(probs == probs.max(axis=-1, keepdims=True), 0.999, 0.0005).astype(np.float32)
 
 
 def background(images):
-    probs = np.tile(np.array([0.9, 0.1, 0], np.float32), (*images.shape, 1))
-    return np.stack([probs, probs], axis=1)
+    return np.tile(np.array([0.9, 0.1, 0], np.float32), (*images.shape, 1))
 
 
 # Of volume_id: prediction by slice on the grid, and native ground truth (None: there is none).
@@ -93,6 +89,7 @@ def make(
     predict=predict,
     volume_ids=POOL,
     batch_size=4,
+    refine=saturated,
     previous=None,
     **options,
 ):
@@ -102,6 +99,7 @@ def make(
         volume_ids,
         folder,
         batch_size=batch_size,
+        refine=refine,
         previous=previous,
         **options,
     )
@@ -134,8 +132,7 @@ def test_argmax_of_noise(tmp_path):
     }
 
     def noise(batch):
-        refined = np.stack([probs[i.tobytes()] for i in batch])
-        return np.stack([refined[..., ::-1], refined], axis=1)
+        return np.stack([probs[i.tobytes()] for i in batch])
 
     labels = make(tmp_path, predict=noise)
     for record, label in zip(labels.records, labels.labels, strict=True):
@@ -250,7 +247,7 @@ def test_nifti_files_in_native_geometry(tmp_path):
         np.testing.assert_allclose(file.affine, AFFINE)
         np.testing.assert_allclose(file.header.get_zooms(), spacing_mm, rtol=1e-6)
         expected = grid.probs_to_native_label(
-            predict(np.stack(IMAGES[volume_id]))[:, 1], spacing_mm, (5, 12), target_spacing_mm=1.0
+            predict(np.stack(IMAGES[volume_id])), spacing_mm, (5, 12), target_spacing_mm=1.0
         )
         np.testing.assert_array_equal(np.asarray(file.dataobj), expected)
     # Rows 1..4 of 8 lie -3 mm .. 0 mm from the middle; native rows at -3.2, -1.6, 0, 1.6, 3.2.
@@ -396,12 +393,16 @@ def test_collapse_is_told(tmp_path, caplog):
 
 def test_the_label_is_the_refined_one_and_its_confidence_the_networks(tmp_path):
     """Refining turns class one into two, and is sure of it."""
+    seen = []
 
-    def refined(images):
-        network = predict(images)[:, 0]
-        return np.stack([network, saturated(network[..., [0, 2, 1]])], axis=1)
+    def swap(image, probs, slice_spacing_mm):
+        seen.append((image, slice_spacing_mm))
+        return saturated(image, probs[..., [0, 2, 1]], slice_spacing_mm)
 
-    labels = make(tmp_path, predict=refined, min_confidence=0.7)
+    labels = make(tmp_path, refine=swap, min_confidence=0.7)
+    for volume_id, (image, slice_spacing_mm) in zip(("a", "b", "c"), seen, strict=True):
+        np.testing.assert_array_equal(image, IMAGES[volume_id])
+        assert slice_spacing_mm == 4.0
     swapped = [np.array([0, 2, 1])[image.astype(int)] for image in EXPECTED]
     swapped[3:5] = [np.full((8, 8), 255)] * 2  # b, of which the network is not sure
     np.testing.assert_array_equal(labels.labels, swapped)

@@ -24,7 +24,7 @@ from lclseg.crf import dense_crf
 from lclseg.data.batches import records_of
 from lclseg.errors import ConfigError, NonFiniteLossError
 from lclseg.evaluation import VolumePrediction
-from lclseg.label_stream import predict_labels, refinement, refresher
+from lclseg.label_stream import predict_labels, refresher
 from lclseg.losses import IGNORE
 from lclseg.pseudo_labels import PseudoLabelError, label_of, load_pseudo_labels
 from lclseg.run import checkpoint, devices, setup
@@ -601,7 +601,7 @@ def test_the_gate_flips_copies_where_training_does(data_dir, tmp_path, monkeypat
     assert seen.value.args == (strength == "paper",)
 
 
-def test_predictions_pass_through_the_refinement(finished, data_dir, tmp_path):
+def test_predictions_pass_through_what_finishes_them(finished, data_dir, tmp_path):
     workdir, _ = finished
     run = start_run(tiny_config(data_dir), workdir)
     state = devices.replicate(initial_state(run, "first"))
@@ -609,15 +609,14 @@ def test_predictions_pass_through_the_refinement(finished, data_dir, tmp_path):
     plain = predictor(run, state)(images)
     seen = []
 
-    def swap_classes(slices, probs):
-        seen.append(slices.shape)
-        np.testing.assert_array_equal(slices.reshape(16, 32, 32)[:5], images)
+    def swap_classes(probs):
+        seen.append(probs.shape)
         return probs[..., ::-1]
 
     np.testing.assert_array_equal(
         predictor(run, state, finish=swap_classes)(images), plain[..., ::-1]
     )
-    assert seen == [(4, 4, 32, 32)]
+    assert seen == [(4, 4, 32, 32, 4)]
 
 
 def test_the_mean_over_turned_copies_on_all_devices(finished, data_dir):
@@ -639,8 +638,8 @@ def test_the_mean_over_turned_copies_on_all_devices(finished, data_dir):
     assert np.abs(expected - plain(images)).max() > 0.01
     shapes = []
 
-    def look(slices, probs):
-        shapes.append(slices.shape[:2])
+    def look(probs):
+        shapes.append(probs.shape[:2])
         return probs
 
     found = predictor(run, state, test_time_augmentation=True, finish=look)(images)
@@ -648,18 +647,17 @@ def test_the_mean_over_turned_copies_on_all_devices(finished, data_dir):
     assert set(shapes) == {(4, -(-config.data.eval_batch_size // (3 * 4)))}
     config.predictions.test_time_augmentation = True
     np.testing.assert_allclose(probs_tested(run, config, state), expected, atol=1e-5)
-    # The config's CRF refines the mean, where asked.
-    config.predictions.crf = True
-    config.crf.update(num_steps=2, bilateral_sigma=1.0, intensity_sigma=0.1)
-    refined = dense_crf(images, expected, **config.crf)
-    assert np.abs(refined - expected).max() > 0.01
-    np.testing.assert_allclose(probs_tested(run, config, state), refined, atol=1e-4)
-    # And smooths it across slices.
+    # Smoothed across slices, and by the CRF, where asked; in this order.
     spacing_mm = run.prepared.read_native(run.split.test[0]).spacing_mm[2]
     config.predictions.through_plane_sigma = spacing_mm
-    smoothed = smooth_across_slices(np.asarray(refined), spacing_mm, spacing_mm)
-    assert np.abs(smoothed - refined).max() > 0.01
-    np.testing.assert_allclose(probs_tested(run, config, state), smoothed, atol=1e-4)
+    smoothed = smooth_across_slices(expected, spacing_mm, spacing_mm)
+    assert np.abs(smoothed - expected).max() > 0.01
+    np.testing.assert_allclose(probs_tested(run, config, state), smoothed, atol=1e-5)
+    config.predictions.crf = True
+    config.crf.update(num_steps=2, bilateral_sigma=1.0, intensity_sigma=0.1)
+    refined = dense_crf(images, smoothed, **config.crf)
+    assert np.abs(refined - smoothed).max() > 0.01
+    np.testing.assert_allclose(probs_tested(run, config, state), refined, atol=1e-4)
 
 
 def probs_tested(run, config, state):
@@ -677,7 +675,7 @@ def probs_tested(run, config, state):
 
 
 @pytest.mark.parametrize("averaged", [False, True])
-@pytest.mark.parametrize("crf_steps, sigma", [(0, 0.0), (2, 0.0), (0, 8.0)])
+@pytest.mark.parametrize("crf_steps, sigma", [(0, 0.0), (2, 0.0), (0, 8.0), (2, 8.0)])
 def test_refreshed_labels_are_those_of_the_probabilities(
     finished, data_dir, tmp_path, crf_steps, sigma, averaged
 ):
@@ -696,13 +694,15 @@ def test_refreshed_labels_are_those_of_the_probabilities(
     )
     run = dataclasses.replace(run, config=config)
     images = run.prepared.read_slices(stored.records)[0]
-    how = {"finish": refinement(config), "test_time_augmentation": averaged}
-    probs = predictor(run, state, **how)(images)
+    probs = predictor(run, state, test_time_augmentation=averaged)(images)
     expected, row = [], 0
     for volume_id in sorted(stored.report["volume_ids"]):
         end = row + len(run.prepared.volumes[volume_id].slices)
         spacing_mm = run.prepared.read_native(volume_id).spacing_mm[2]
-        own = smooth_across_slices(probs[row:end], spacing_mm, sigma)
+        refined = smooth_across_slices(probs[row:end], spacing_mm, sigma)
+        if crf_steps:
+            refined = np.asarray(dense_crf(images[row:end], refined, **config.crf))
+        own = VolumePrediction(volume_id, images[row:end], probs[row:end], refined)
         expected.append(label_of(own, min_confidence=0.3, keep_largest=(1, 2, 3)))
         row = end
     expected = np.concatenate(expected)
@@ -713,7 +713,7 @@ def test_refreshed_labels_are_those_of_the_probabilities(
     bytes_a_pixel = {
         np.asarray(call.args[2]).nbytes // call.args[1].size for call in made.mock_calls
     }
-    assert bytes_a_pixel == ({2 * 4 * 4} if crf_steps or sigma else {1})
+    assert bytes_a_pixel == ({4 * 4} if crf_steps or sigma else {1})
     # And those that a round begins with.
     best = mock.Mock(state=devices.unreplicate(state), stage=mock.Mock())
     best.stage.name = "baseline"

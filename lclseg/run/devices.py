@@ -17,13 +17,13 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lclseg import steps
-from lclseg.data.grid import first_channel
 from lclseg.evaluation import Predict
 from lclseg.models import UNet
 from lclseg.run import multihost
 from lclseg.run.stopping import Interrupted
 
 AXIS = "devices"
+CRF_SLICES = 16  # at once: a volume may have no more
 logger = logging.getLogger("lclseg")
 
 
@@ -129,10 +129,17 @@ def compiled_predict(model: UNet, angles: Sequence[float] = ()) -> Callable:
     return on_each(functools.partial(steps.predict_step, model=model, angles=angles))
 
 
-@functools.cache  # or each predictor would compile its own
-def compiled_crf(**settings) -> Callable:
-    """(slices [N, M, H, W], probabilities [N, M, H, W, C]) -> refined ones; see `crf.dense_crf`."""
+@functools.cache  # or each would compile its own
+def _compiled_crf(**settings) -> Callable:
     return on_each(functools.partial(steps.refine_step, **settings))
+
+
+def batched_crf(**settings) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+    """Maps slices [M, H, W] and probabilities [M, H, W, C], for any M, to refined probabilities.
+
+    By this process' devices; see `crf.dense_crf`.
+    """
+    return _in_batches(_compiled_crf(**settings), CRF_SLICES)
 
 
 def batched_predictor(
@@ -152,29 +159,41 @@ def batched_predictor(
       compiled: see `compiled_predict`.
       replicated: state whose averaged weights and statistics predict, a copy per device.
       batch_size: slices at once, over these devices; rounded up to a multiple of their number.
-      finish: maps (slices [N, M, H, W], of the first channel, probabilities [N, M, H, W, C]) to
-        what comes to the host instead, [N, M, ...]; see `on_each`.
+      finish: maps probabilities [N, M, H, W, C] to what comes to the host instead, [N, M, ...];
+        see `on_each`.
       stop_asked: where it gives True, `Interrupted` is raised.
     """
-    num_devices = jax.local_device_count()
-    per_device = -(-batch_size // num_devices)
-    capacity = per_device * num_devices
 
-    def shared(images: np.ndarray) -> np.ndarray:
-        return images.reshape(num_devices, per_device, *images.shape[1:])
+    def run(images: jax.Array) -> jax.Array:
+        found = compiled(replicated, images)
+        return found if finish is None else finish(found)
 
-    def predict_chunk(images: np.ndarray) -> np.ndarray:
-        padding = np.zeros((capacity - len(images), *images.shape[1:]), images.dtype)
-        full = np.concatenate([images, padding])
-        found = compiled(replicated, shared(full))
-        if finish is not None:
-            found = finish(shared(first_channel(full)), found)
-        return np.asarray(found).reshape(capacity, *found.shape[2:])[: len(images)]
+    in_batches = _in_batches(run, batch_size)
 
     def predict(images: np.ndarray) -> np.ndarray:
         if stop_asked():
             raise Interrupted("stopped while predicting volumes, which starts anew")
-        chunks = [images[i : i + capacity] for i in range(0, len(images), capacity)]
-        return np.concatenate([predict_chunk(chunk) for chunk in chunks])
+        return in_batches(images)
 
     return predict
+
+
+def _in_batches(compiled: Callable, batch_size: int) -> Callable[..., np.ndarray]:
+    """A function of arrays [N, M, ...], one compiled shape, as one of arrays [any number, ...]."""
+    num_devices = jax.local_device_count()
+    per_device = -(-batch_size // num_devices)
+    capacity = per_device * num_devices
+
+    def shared(array: np.ndarray) -> np.ndarray:
+        padding = np.zeros((capacity - len(array), *array.shape[1:]), array.dtype)
+        return np.concatenate([array, padding]).reshape(num_devices, per_device, *array.shape[1:])
+
+    def one_batch(*arrays: np.ndarray) -> np.ndarray:
+        found = compiled(*map(shared, arrays))
+        return np.asarray(found).reshape(capacity, *found.shape[2:])[: len(arrays[0])]
+
+    def every_batch(*arrays: np.ndarray) -> np.ndarray:
+        starts = range(0, len(arrays[0]), capacity)
+        return np.concatenate([one_batch(*(a[i : i + capacity] for a in arrays)) for i in starts])
+
+    return every_batch

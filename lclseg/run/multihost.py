@@ -174,17 +174,21 @@ def share(rows: np.ndarray) -> np.ndarray:
     return np.split(rows, jax.process_count())[jax.process_index()]
 
 
-def predict_together(
-    predict: Callable[[np.ndarray], np.ndarray],
-) -> Callable[[np.ndarray], np.ndarray]:
-    """Slices -> probabilities, each process predicting its part of the slices for all of them."""
+def predict_together(predict: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
+    """Slices -> probabilities, each process predicting its part of the slices for all of them.
+
+    Of several arguments each has an entry for every slice.
+    """
     if not several():
         return predict
 
-    def together(images: np.ndarray) -> np.ndarray:
-        padding = np.repeat(images[-1:], -len(images) % jax.process_count(), axis=0)
-        own = predict(share(np.concatenate([images, padding])))
-        return multihost_utils.process_allgather(own, tiled=True)[: len(images)]
+    def own_part(array: np.ndarray) -> np.ndarray:
+        padding = np.repeat(array[-1:], -len(array) % jax.process_count(), axis=0)
+        return share(np.concatenate([array, padding]))
+
+    def together(*arrays: np.ndarray) -> np.ndarray:
+        own = predict(*map(own_part, arrays))
+        return multihost_utils.process_allgather(own, tiled=True)[: len(arrays[0])]
 
     return together
 

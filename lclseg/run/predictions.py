@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import jax
+from ml_collections import ConfigDict
 
 from lclseg import evaluation, steps
 from lclseg.run import devices, multihost
@@ -38,13 +39,24 @@ def predictor(
     return multihost.predict_together(predict)
 
 
+def refinement(config: ConfigDict, options: ConfigDict) -> evaluation.Refine | None:
+    """What refines pseudo-labels, or predictions, whose `options` these are; see `evaluation`.
+
+    The CRF runs on all devices and in all processes.
+    """
+    crf = None
+    if options.crf and config.crf.num_steps:
+        crf = multihost.predict_together(devices.batched_crf(**config.crf))
+    return evaluation.refiner(options.through_plane_sigma, crf)
+
+
 def evaluate_state(
     run: Run, replicated: steps.TrainState, volume_ids, *, stoppable: bool, **kwargs
 ) -> dict:
     """Metrics of a state, a copy per device, on volumes; see `evaluation.evaluate`.
 
     Probabilities come to the host, not labels: they are resampled to each volume's own geometry.
-    They are what the run hands out: means over copies, refined by the CRF, smoothed across slices,
+    They are what the run hands out: means over copies, smoothed across slices, refined by the CRF,
     each as the config has it.
     """
     options = run.config.predictions
@@ -53,12 +65,11 @@ def evaluate_state(
             run,
             replicated,
             test_time_augmentation=options.test_time_augmentation,
-            finish=devices.compiled_crf(**run.config.crf) if options.crf else None,
             stoppable=stoppable,
         ),
         run.prepared,
         volume_ids,
         batch_size=run.config.data.eval_batch_size,
-        through_plane_sigma=options.through_plane_sigma,
+        refine=refinement(run.config, options),
         **kwargs,
     )
