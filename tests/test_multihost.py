@@ -101,6 +101,25 @@ def test_shares_are_the_batch(monkeypatch):
     np.testing.assert_array_equal(np.concatenate(shares), batch)
 
 
+def test_slices_and_their_probabilities_are_shared_alike(monkeypatch):
+    """Each of three processes refines a third of seven slices; together they have them all."""
+    slices, probs = np.arange(7.0), np.arange(14.0).reshape(7, 2) ** 2
+    monkeypatch.setattr(multihost.jax, "process_count", lambda: 3)
+    parts = []
+
+    def gather(own, *, tiled):
+        parts.append(own)
+        return np.concatenate(parts)
+
+    monkeypatch.setattr(multihost.multihost_utils, "process_allgather", gather)
+    together = multihost.predict_together(lambda x, p: x[:, None] * p)
+    for index in range(3):
+        monkeypatch.setattr(multihost.jax, "process_index", lambda index=index: index)
+        found = together(slices, probs)
+        assert len(parts[-1]) == 3
+    np.testing.assert_array_equal(found, slices[:, None] * probs)
+
+
 @pytest.fixture(scope="module")
 def program(tmp_path_factory):
     return Program(tmp_path_factory.mktemp("processes"))
