@@ -13,6 +13,7 @@ from pathlib import Path
 CONFIGS = Path(__file__).parents[1]
 hippocampus = runpy.run_path(str(CONFIGS / "hippocampus.py"))
 lists = runpy.run_path(str(CONFIGS / "parts" / "splits.py"))
+OLDER = runpy.run_path(str(Path(__file__).parent / "hippocampus.py"))["OLDER"]
 self_training = runpy.run_path(str(CONFIGS / "parts" / "methods.py"))["self_training"]
 
 IDS = hippocampus["IDS"]
@@ -36,7 +37,7 @@ BASE = {
     "data.test_patients": TEST,
     "rounds.baseline_steps": 400,  # of parts/short.py; recipe_hippocampus_long.py has twice as many
     "rounds.steps_per_round": 600,
-}
+} | OLDER
 
 ROWS = {
     "supervised": {"method": "supervised"},
