@@ -23,7 +23,6 @@ from lclseg.run import multihost
 from lclseg.run.stopping import Interrupted
 
 AXIS = "devices"
-CRF_SLICES = 16  # at once: a volume may have no more
 logger = logging.getLogger("lclseg")
 
 
@@ -139,7 +138,10 @@ def batched_crf(**settings) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
 
     By this process' devices; see `crf.dense_crf`.
     """
-    return _in_batches(_compiled_crf(**settings), CRF_SLICES)
+    # A volume may have ten slices. On CPUs what pads a batch takes as long as they do; an
+    # accelerator does all at once.
+    at_once = 4 if jax.default_backend() == "cpu" else 16
+    return _in_batches(_compiled_crf(**settings), at_once)
 
 
 def batched_predictor(
