@@ -2,7 +2,7 @@
 
   python -m lclseg.main --config=configs/hippocampus.py --config.data.manual_dir=Task04_Hippocampus
 
-Expected with 1 labelled volume: test Dice 0.78 (mean of ten splits), in some 10 minutes on two CPU
+Expected with 1 labelled volume: test Dice 0.80 (mean of six splits), in some 10 minutes on two CPU
 cores; with 2 it has not been measured. --config=configs/hippocampus.py:supervised has 0.75; see
 docs/results.md.
 
