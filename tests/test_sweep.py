@@ -20,6 +20,7 @@ from lclseg import train
 from lclseg.cores import usable_cores
 from lclseg.errors import NonFiniteLossError
 from lclseg.run import side_by_side
+from lclseg.run.stored_config import differing_keys, to_store
 
 ROOT = Path(__file__).parents[1]
 SWEEP = """
@@ -352,6 +353,23 @@ def test_sweeps_of_the_repository(path):
         steps.add(rounds.baseline_steps + rounds.num_rounds * rounds.steps_per_round)
         runpy.run_path(str(path.parent / runpy.run_path(str(path))["CONFIG"]))
     assert len(steps) == 1
+
+
+@pytest.mark.parametrize(
+    "name, row",
+    [
+        ("acdc", "self-training, copy-paste, classes together, turned copies, CRF"),
+        ("hippocampus", "self-training, confidence 0.9, predictions smoothed and refined"),
+    ],
+)
+def test_the_row_of_the_recipe_is_the_config(name, row):
+    """But for the volumes, and numbers of a kernel that has no weight."""
+    path = ROOT / "configs" / "sweeps" / f"{name}.py"
+    sweep = sweeps.load_sweep(path)
+    of_row = next(e.config for e in sweeps.experiments(sweep) if e.row == row)
+    config = runpy.run_path(str(path.parent / runpy.run_path(str(path))["CONFIG"]))["get_config"]()
+    differing = differing_keys(to_store(config), to_store(of_row))
+    assert [key for key in differing if not key.startswith("data.")] == []
 
 
 STORED = sorted(path.name for path in (ROOT / "results").iterdir())
