@@ -1,10 +1,10 @@
 """python -m benchmarks.test_time --workdir RUN [--workdir ...] --degrees 90 --crf 1.5 0.05 3
 
 Tells what is gained from finished runs after training: mean Dice of a role's volumes as predicted;
-as the mean with copies turned by so many degrees either way; each of these refined by a dense CRF
-of so many pixels, so much of the intensities' range, and such a weight; and each smoothed across
-slices by so many mm (--through_plane). The largest component is kept as the run has it. Over
-several runs the mean difference with a 95 % interval.
+as the mean with copies turned by so many degrees either way; each of these smoothed across slices
+by so many mm (--through_plane); and each refined, after that, by a dense CRF of so many pixels, so
+much of the intensities' range, and such a weight. The largest component is kept as the run has it.
+Over several runs the mean difference with a 95 % interval.
 
 By the pool's masks, which training does not see (--role=unlabeled), an angle, a CRF or a
 smoothing may be chosen.
@@ -60,7 +60,7 @@ def variants(
     smoothed = [("", 0.0), *((f"smoothed by {sigma:g} mm", sigma) for sigma in sigmas)]
     return [
         Variant(
-            ", ".join(filter(None, (of_copies, of_crf, of_sigma))) or "as predicted",
+            ", ".join(filter(None, (of_copies, of_sigma, of_crf))) or "as predicted",
             angles,
             crf,
             sigma,
@@ -87,7 +87,11 @@ def dice_of(workdir: Path, role: str, stage: str | None, how: Sequence[Variant])
     model = model_files.load_run(workdir, stage)
     found = []
     for variant in how:
-        changed = model._replace(**{k: v for k, v in variant._asdict().items() if k != "name"})
+        changed = model._replace(
+            angles=variant.angles,
+            crf=variant.crf,
+            through_plane_sigma=variant.through_plane_sigma,
+        )
         summary = evaluation.evaluate(
             predict.mean_predictor([changed]),
             prepared,
@@ -116,7 +120,14 @@ def main() -> None:
         metavar=("PIXELS", "INTENSITY", "WEIGHT"),
         help=f"of crf.dense_crf's second kernel, {CRF_STEPS} steps; may be given several times",
     )
-    parser.add_argument("--through_plane", type=float, nargs="+", default=[], metavar="MM")
+    parser.add_argument(
+        "--through_plane",
+        type=float,
+        nargs="+",
+        default=[],
+        metavar="MM",
+        help="see lclseg/through_plane.py",
+    )
     options = parser.parse_args()
     devices.set_up_jax(usable_cores())
     how = variants(options.degrees, options.crf, options.through_plane)

@@ -69,7 +69,7 @@ def predict_volumes(
     images = ((v, prepared.read_slices(prepared.volumes[v].slices)[0]) for v in volume_ids)
     for found in predict_images(predict, images, batch_size=batch_size):
         if refine is not None:
-            spacing_mm = prepared.read_native(found.volume_id).spacing_mm[2]
+            spacing_mm = prepared.read_slice_spacing(found.volume_id)
             found = found._replace(probs=refine(found.image, found.network, spacing_mm))
         yield found
 

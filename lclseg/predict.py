@@ -442,6 +442,7 @@ def predict_files(
     models = load_models(folders, stage)
     how = models[0].preprocessing
     cleaned = classes_to_clean(models, largest)
+    refine = refiner(models)
     names = names_of(cleaned, how.class_names)
     for warning in check_cases(cases, how):
         print(f"lclseg: WARNING: {warning}", file=sys.stderr)
@@ -454,7 +455,7 @@ def predict_files(
         cases,
         outputs,
         batch_size=models[0].batch_size,
-        refine=refiner(models),
+        refine=refine,
         keep_largest=cleaned,
     )
     if outputs.metrics is None:

@@ -62,8 +62,8 @@ def find_images(config: dict) -> dict[str, Files]:
 
 def predict_volume(
     network: evaluation.Predict, model: TrainedModel, prepared: PreparedSet, volume_id: str
-) -> np.ndarray:
-    """Class probabilities [S, H, W, C] of a volume, as the model hands them out."""
+) -> evaluation.VolumePrediction:
+    """Predicts a volume of the run's data set as the model hands it out."""
     (found,) = evaluation.predict_volumes(
         network,
         prepared,
@@ -71,7 +71,7 @@ def predict_volume(
         batch_size=model.batch_size,
         refine=predict.refiner([model]),
     )
-    return found.probs
+    return found
 
 
 def write_masks(
@@ -104,7 +104,7 @@ def write_masks(
         if volume_id in files:
             continue
         native = prepared.read_native(volume_id)
-        probs = predict_volume(network, model, prepared, volume_id)
+        probs = predict_volume(network, model, prepared, volume_id).probs
         label = evaluation.to_native_label(prepared, volume_id, probs)
         label = largest_component(label, model.largest_component)
         nifti.write_label(

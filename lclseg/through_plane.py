@@ -13,7 +13,7 @@ def smooth_across_slices(probs: np.ndarray, slice_spacing_mm: float, sigma_mm: f
     q_s = sum_t g(s - t) p_t,  g(k) ~ exp(-(k d)^2 / (2 sigma^2)),  sum_k g(k) = 1
 
     d is the distance between slices; beyond the first and the last slice these two repeat. So thick
-    slices, d >> sigma, stay as they are.
+    slices, d >> sigma, stay as they are. The sum ends 4 sigma away.
 
     Args:
       probs: [S, ...] of a volume's slices, in order; what follows is averaged element by element.

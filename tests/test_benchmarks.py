@@ -127,8 +127,13 @@ def test_what_is_gained_after_training(tiny_run):
     workdir, results = tiny_run
     how = test_time.variants([15.0], [(1.0, 0.1, 1.0)], [8.0])
     plain = ["as predicted", "turned by 15", "CRF 1 0.1 1", "turned by 15, CRF 1 0.1 1"]
-    smoothed = [f"{name}, smoothed by 8 mm" for name in plain[1:]]
-    assert [variant.name for variant in how] == [*plain, "smoothed by 8 mm", *smoothed]
+    smoothed = [
+        "smoothed by 8 mm",
+        "turned by 15, smoothed by 8 mm",
+        "smoothed by 8 mm, CRF 1 0.1 1",
+        "turned by 15, smoothed by 8 mm, CRF 1 0.1 1",
+    ]
+    assert [variant.name for variant in how] == [*plain, *smoothed]
     how[-1].crf.update(num_steps=2, spatial_weight=0.5)  # as tests/conftest.py has it
     found = test_time.dice_of(workdir, "test", "last", how)
     tested = list(results["results"].values())[-1]["test_last"]

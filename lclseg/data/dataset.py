@@ -106,6 +106,11 @@ class PreparedSet:
         entry = next(e for e in self.volumes.values() if record in e.slices)
         return f"{entry.volume_id}, slice {record - entry.first_slice}"
 
+    def read_slice_spacing(self, volume_id: str) -> float:
+        """How far the slices of a volume lie apart, mm."""
+        (record,) = self.source.__getitems__([self.volumes[volume_id].first_slice])
+        return float(record["spacing_mm"][2])
+
     def read_native(self, volume_id: str) -> NativeVolume:
         """Native geometry and label of a volume."""
         entry = self.volumes[volume_id]

@@ -11,6 +11,7 @@ from lclseg.class_groups import Kind
 from lclseg.components import largest_component
 from lclseg.data import own_data
 from lclseg.data.dataset import PreparedSet
+from lclseg.evaluation import VolumePrediction
 from lclseg.page import figures, pictures
 from lclseg.page.elements import document, figure, key, legend, note, section, table, text
 from lclseg.page.palette import PALETTE
@@ -38,7 +39,7 @@ def page(
     config: dict,
     about: dict,
     prepared: PreparedSet,
-    predict: Callable[[str], np.ndarray],
+    predict: Callable[[str], VolumePrediction],
     suggestions: Sequence[Suggestion],
     *,
     keep_largest: Sequence[Kind],
@@ -49,7 +50,7 @@ def page(
       config: of the run, read from JSON.
       about: "workdir", "stage" and "step" of the model that looked.
       prepared: the run's data set.
-      predict: volume id -> class probabilities [S, H, W, C].
+      predict: volume id -> what is predicted for it.
       suggestions: the pool, the lowest expected Dice first; those with a mask are shown.
       keep_largest: classes of which the masks to start from keep the largest component alone.
     """
@@ -69,7 +70,7 @@ def page(
 def _poorest(
     chosen: Sequence[Suggestion],
     prepared: PreparedSet,
-    predict: Callable[[str], np.ndarray],
+    predict: Callable[[str], VolumePrediction],
     keep_largest: Sequence[Kind],
 ) -> Iterator[str]:
     keys = (key(n, c, "area") for n, c in zip(prepared.class_names, PALETTE * 40, strict=False))
@@ -77,11 +78,10 @@ def _poorest(
     for s in chosen:
         yield f"<h3>{s.rank}. {text(s.volume_id)}</h3>"
         yield f"<p>Expected Dice {s.expected_dice:.2f}.</p>"
-        image, _ = prepared.read_slices(prepared.volumes[s.volume_id].slices)
-        probs = predict(s.volume_id)
+        _, image, network, probs = predict(s.volume_id)
         label = largest_component(probs.argmax(axis=-1), keep_largest)
         image = image if image.ndim == 3 else image[..., 0]
-        doubt = (1 - probs.max(axis=-1)).sum(axis=(1, 2))
+        doubt = (1 - network.max(axis=-1)).sum(axis=(1, 2))
         shown = {
             int(np.count_nonzero(label, axis=(1, 2)).argmax()): "most foreground",
             int(doubt.argmax()): "least certain",
