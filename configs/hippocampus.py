@@ -86,7 +86,7 @@ def get_config(method: str = "self_training") -> ConfigDict:
     data.pool = POOL
     data.splits = table(IDS, SPLITS) | {"all": all_but(IDS, POOL, ALL)}
     short["shorten"](config)
-    # By sweeps/recipe_hippocampus_long.py, and docs/results.md. Slices lie 1 mm apart.
+    # Chosen in sweeps/recipe_hippocampus_long.py; see docs/recipe.md. Slices lie 1 mm apart.
     if config.method.name == "self_training":
         config.method.weight = 0.5
     config.pseudo_labels.min_confidence = 0.9

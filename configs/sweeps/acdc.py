@@ -40,17 +40,14 @@ CRF = {"pseudo_labels.crf": False, "predictions.crf": True} | {
 NO_CRF = {f"crf.{key}": value for key, value in acdc["get_config"]().crf.items()}
 NO_CRF |= {"crf.num_steps": 0, "pseudo_labels.crf": True, "predictions.crf": False}
 PAIRS = rows["PAIRS"]
+COPY_PASTE = rows["ROWS"]["self-training, copy-paste"]
 ROWS = rows["ROWS"] | {
     "all labels": ALL_LABELS,
-    "self-training, copy-paste, classes together": rows["ROWS"]["self-training, copy-paste"]
-    | TOGETHER,
     "BCP, classes together": rows["ROWS"]["BCP"] | TOGETHER,
-    "self-training, copy-paste, classes together, turned copies": (
-        rows["ROWS"]["self-training, copy-paste"] | TOGETHER | TURNED_COPIES
-    ),
-    "self-training, copy-paste, classes together, turned copies, CRF": (
-        rows["ROWS"]["self-training, copy-paste"] | TOGETHER | TURNED_COPIES | CRF
-    ),
+    "recipe, without copies and CRF": COPY_PASTE | TOGETHER,
+    "recipe, without CRF": COPY_PASTE | TOGETHER | TURNED_COPIES,
+    # As acdc_short.py is.
+    "recipe": COPY_PASTE | TOGETHER | TURNED_COPIES | CRF,
 }
 BASE = {
     # Most rows were measured with it; see TOGETHER, TURNED_COPIES and CRF.

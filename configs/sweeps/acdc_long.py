@@ -10,8 +10,12 @@ acdc = runpy.run_path(str(Path(__file__).parent / "acdc.py"))
 
 CONFIG, PAIRS = acdc["CONFIG"], acdc["PAIRS"]
 BASE = acdc["BASE"] | {"rounds.steps_per_round": 1600}
-RECIPE = "self-training, copy-paste"
-OLDER = RECIPE, f"{RECIPE}, classes together"
-NEWER = f"{OLDER[-1]}, turned copies", f"{OLDER[-1]}, turned copies, CRF"
-ROWS = {n: acdc["ROWS"][n] for n in ("supervised", *OLDER, *NEWER)}
+COMPARED = (
+    "supervised",
+    "self-training, copy-paste",
+    "recipe, without copies and CRF",
+    "recipe, without CRF",
+    "recipe",
+)
+ROWS = {name: acdc["ROWS"][name] for name in COMPARED}
 ROWS["all labels"] = acdc["ROWS"]["all labels"] | {"rounds.baseline_steps": 2000}

@@ -20,7 +20,7 @@ OLDER = {f"crf.{key}": value for key, value in default.crf.items()} | {
     "predictions.crf": False,
     "predictions.through_plane_sigma": 0.0,
 }
-# As the config has it.
+# As hippocampus.py is.
 RECIPE = {
     "method": "self_training",
     "method.weight": 0.5,
@@ -43,6 +43,6 @@ ROWS = rows["ROWS"] | {
     "self-training": rows["self_training"](0.25),
     "self-training, copy-paste": rows["self_training"](0.25, copy_paste=True),
     "all labels": ALL_LABELS,
-    "self-training, confidence 0.9, predictions smoothed and refined": RECIPE,
+    "recipe": RECIPE,
 }
 BASE = {"data.num_labeled": "1"} | OLDER
