@@ -3,7 +3,8 @@
 Tells what is gained from finished runs after training: mean Dice of a role's volumes as predicted;
 as the mean with copies turned by so many degrees either way; each of these smoothed across slices
 by so many mm (--through_plane); and each refined, after that, by a dense CRF of so many pixels, so
-much of the intensities' range, and such a weight. The largest component is kept as the run has it.
+much of the intensities' range, and such a weight, on the training grid or one so many times as fine
+(--upsampling). The largest component is kept as the run has it.
 Over several runs the mean difference with a 95 % interval.
 
 By the pool's masks, which training does not see (--role=unlabeled), an angle, a CRF or a
@@ -35,18 +36,22 @@ class Variant(NamedTuple):
     name: str
     angles: tuple[float, ...]
     crf: dict[str, float]
+    crf_upsampling: int
     through_plane_sigma: float
 
 
 def variants(
-    degrees: Sequence[float], crfs: Sequence[Sequence[float]], sigmas: Sequence[float]
+    degrees: Sequence[float],
+    crfs: Sequence[Sequence[float]],
+    sigmas: Sequence[float],
+    upsamplings: Sequence[int] = (1,),
 ) -> list[Variant]:
     """Every combination of no copies, or copies, with no CRF, or one, and no smoothing, or one."""
     copies = [
         ("", ()),
         *((f"turned by {d:g}", (math.radians(d), -math.radians(d))) for d in degrees),
     ]
-    refined: list[tuple[str, dict]] = [("", {})]
+    refined: list[tuple[str, dict, int]] = [("", {}, 1)]
     for sigma, intensity, weight in crfs:
         settings = {
             "bilateral_sigma": sigma,
@@ -56,17 +61,19 @@ def variants(
         name = f"CRF {sigma:g} {intensity:g} {weight:g}"
         # A weight of 0: the kernel that sees no intensities is left out.
         settings |= {"num_steps": CRF_STEPS, "spatial_sigma": 1.0, "spatial_weight": 0.0}
-        refined.append((name, settings))
+        for finer in upsamplings:
+            refined.append((f"{name}, {finer}x" if finer > 1 else name, settings, finer))
     smoothed = [("", 0.0), *((f"smoothed by {sigma:g} mm", sigma) for sigma in sigmas)]
     return [
         Variant(
             ", ".join(filter(None, (of_copies, of_sigma, of_crf))) or "as predicted",
             angles,
             crf,
+            finer,
             sigma,
         )
         for of_sigma, sigma in smoothed
-        for of_crf, crf in refined
+        for of_crf, crf, finer in refined
         for of_copies, angles in copies
     ]
 
@@ -90,6 +97,7 @@ def dice_of(workdir: Path, role: str, stage: str | None, how: Sequence[Variant])
         changed = model._replace(
             angles=variant.angles,
             crf=variant.crf,
+            crf_upsampling=variant.crf_upsampling,
             through_plane_sigma=variant.through_plane_sigma,
         )
         summary = evaluation.evaluate(
@@ -121,6 +129,14 @@ def main() -> None:
         help=f"of crf.dense_crf's second kernel, {CRF_STEPS} steps; may be given several times",
     )
     parser.add_argument(
+        "--upsampling",
+        type=int,
+        nargs="+",
+        default=[1],
+        metavar="FACTOR",
+        help="of the CRF's grid, see crf.upsampled_dense_crf; 1",
+    )
+    parser.add_argument(
         "--through_plane",
         type=float,
         nargs="+",
@@ -130,7 +146,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     devices.set_up_jax(usable_cores())
-    how = variants(options.degrees, options.crf, options.through_plane)
+    how = variants(options.degrees, options.crf, options.through_plane, options.upsampling)
     rows = [["run", *(variant.name for variant in how)]]
     gains: list[list[float]] = [[] for _ in how[1:]]
     for workdir in (w.expanduser().absolute() for w in options.workdir):

@@ -12,31 +12,41 @@ from lclseg.class_groups import Kind
 from lclseg.components import largest_component, one_piece
 from lclseg.data import grid, nifti
 from lclseg.data.dataset import PreparedSet
+from lclseg.data.preprocess import Preprocessing
 from lclseg.through_plane import smooth_across_slices
 
 # Maps slices [M, H, W] to class probabilities [M, H, W, C], for any M.
 Predict = Callable[[np.ndarray], np.ndarray]
 # Maps a volume's slices [S, H, W], its probabilities [S, H, W, C], and how far its slices lie
-# apart, in mm, to refined probabilities [S, H, W, C].
+# apart, in mm, to refined probabilities [S, f H, f W, C] of the same field, f >= 1.
 Refine = Callable[[np.ndarray, np.ndarray, float], np.ndarray]
 
 
 class VolumePrediction(NamedTuple):
-    """What is predicted for one volume, on the training grid.
+    """What is predicted for one volume, on the training grid, or one f times as fine.
 
     Attributes:
       volume_id: whose.
       image: [S, H, W], or [S, H, W, K].
       network: [S, H, W, C], the network's probabilities, which tell how sure it is.
-      probs: [S, H, W, C], the refined ones, whose most probable class is the label; those of the
-        network where nothing refines. Refining saturates (a dense CRF takes 0.4 to 0.999), so that
-        these tell nothing about certainty.
+      probs: [S, f H, f W, C], the refined ones, whose most probable class is the label; those of
+        the network, f = 1, where nothing refines. Refining saturates (a dense CRF takes 0.4 to
+        0.999), so that these tell nothing about certainty.
     """
 
     volume_id: str
     image: np.ndarray
     network: np.ndarray
     probs: np.ndarray
+
+    def label(self) -> np.ndarray:
+        """The most probable class of each pixel of the training grid, [S, H, W].
+
+        Of a finer grid each f-th pixel lies on one of the training grid, the middle on the middle.
+        """
+        coarse, fine = self.image.shape[1], self.probs.shape[1]
+        on_grid = slice(fine // 2 % (fine // coarse), None, fine // coarse)
+        return self.probs[:, on_grid, on_grid].argmax(axis=-1)
 
 
 def refiner(
@@ -45,7 +55,8 @@ def refiner(
     """What refines a volume's probabilities; None where nothing does.
 
     They are smoothed across slices by `through_plane_sigma`, mm, see `through_plane`; then comes
-    `crf`, which maps slices [M, H, W] and probabilities [M, H, W, C] to refined ones.
+    `crf`, which maps slices [M, H, W] and probabilities [M, H, W, C] to refined ones, maybe on a
+    finer grid.
     """
     if not through_plane_sigma and crf is None:
         return None
@@ -110,11 +121,16 @@ def predict_images(
 
 
 def to_native_label(prepared: PreparedSet, volume_id: str, probs: np.ndarray) -> np.ndarray:
-    """Probabilities [S, H, W, C] -> native label [X, Y, S] uint8."""
+    """Probabilities [S, f H, f W, C] -> native label [X, Y, S] uint8."""
     native = prepared.read_native(volume_id)
     return grid.probs_to_native_label(
-        probs, native.spacing_mm, native.shape[:2], target_spacing_mm=prepared.target_spacing_mm
+        probs, native.spacing_mm, native.shape[:2], target_spacing_mm=spacing_of(probs, prepared)
     )
+
+
+def spacing_of(probs: np.ndarray, prepared: PreparedSet | Preprocessing) -> float:
+    """In-plane spacing, mm, of the grid of probabilities [S, f H, f W, C], whatever f is."""
+    return prepared.target_spacing_mm * (prepared.image_size / probs.shape[1])
 
 
 def classes_in_one_piece(prepared: PreparedSet, volume_ids: Sequence[str]) -> tuple[Kind, ...]:

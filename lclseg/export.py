@@ -33,14 +33,16 @@ from lclseg.run.workdir import write_json
 MODEL_FILE, PARAMETERS_FILE, CARD_FILE = "model.json", "parameters.npz", "README.md"
 FORMAT = "lclseg model"
 # Of the folder; rises when an older lclseg would read it wrongly. Version 2 kept every component,
-# version 3 predicted each slice as it is, version 4 had no CRF, and version 5 no smoothing.
-VERSION, READABLE = 6, (2, 6)
+# version 3 predicted each slice as it is, version 4 had no CRF, version 5 no smoothing, and version
+# 6 no finer grid for the CRF.
+VERSION, READABLE = 7, (2, 7)
 # Version that first had the key, and what it stands for before.
 SINCE: dict[str, tuple[int, list | dict | float]] = {
     "largest_component": (3, []),
     "angles": (4, []),
     "crf": (5, {}),
     "through_plane_sigma": (6, 0.0),
+    "crf_upsampling": (7, 1),
 }
 MAX_BATCH, MAX_FILTERS, MAX_LEVELS = 4096, 2**14, 12
 MAX_JSON_BYTES = 2**20
@@ -64,6 +66,7 @@ WANTED = {
         f"a list of up to {MAX_ANGLES} numbers, radians",
     ),
     "crf": (lambda v: _is_crf(v), f"{{}}, or an object of {', '.join(CRF)}"),
+    "crf_upsampling": RULES["predictions.crf_upsampling"],
     "through_plane_sigma": (
         lambda v: is_number(v) and 0 <= v <= MAX_SIGMA,
         f"a number of mm, 0 to {MAX_SIGMA}",
@@ -122,6 +125,7 @@ def write_model(model: TrainedModel, folder: Path) -> None:
         "largest_component": kept_largest(model),
         "angles": list(model.angles),
         "crf": model.crf,
+        "crf_upsampling": model.crf_upsampling,
         "through_plane_sigma": model.through_plane_sigma,
         "facts": model.facts,
     }
@@ -174,6 +178,7 @@ def read_model(folder: Path) -> TrainedModel:
         largest_component=class_numbers(content["largest_component"], how, str(path)),
         angles=tuple(content["angles"]),
         crf=content["crf"],
+        crf_upsampling=content["crf_upsampling"],
         through_plane_sigma=float(content["through_plane_sigma"]),
         state=model_files.inference_state(tree["params"], tree["batch_stats"]),
         facts=content["facts"],

@@ -40,6 +40,7 @@ class TrainedModel(NamedTuple):
       largest_component: classes of which a prediction keeps the largest component alone.
       angles: radians, of the copies whose mean a prediction is; (): of none, see `test_time`.
       crf: settings of the CRF that refines that mean, see `crf.dense_crf`; {}: none does.
+      crf_upsampling: how many times its grid is as fine as the training grid.
       through_plane_sigma: mm, how far predictions are smoothed across slices, see `through_plane`.
       state: averaged weights and BatchNorm's statistics of trunk and segmentation head; nothing
         that only training needs. Of several networks those of the first.
@@ -53,6 +54,7 @@ class TrainedModel(NamedTuple):
     largest_component: tuple[Kind, ...]
     angles: tuple[float, ...]
     crf: dict[str, float]
+    crf_upsampling: int
     through_plane_sigma: float
     state: steps.TrainState
     facts: dict
@@ -144,6 +146,7 @@ def load_run(workdir: Path, stage: str | None = None) -> TrainedModel:
         largest_component=_largest_component(workdir, how),
         angles=copy_angles(config) if _predictions(config, "test_time_augmentation") else (),
         crf=dict(config.crf) if _predictions(config, "crf") else {},
+        crf_upsampling=int(_predictions(config, "crf_upsampling") or 1),
         through_plane_sigma=float(_predictions(config, "through_plane_sigma")),
         state=inference_state(state.ema_params, state.batch_stats),
         facts=_facts(workdir, config, stage, step, dice),

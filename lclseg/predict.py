@@ -226,7 +226,7 @@ def refiner(models: Sequence[TrainedModel]) -> evaluation.Refine | None:
     """
     first = models[0]
     for other in models[1:]:
-        for field in ("through_plane_sigma", "crf"):
+        for field in ("through_plane_sigma", "crf", "crf_upsampling"):
             ours, theirs = getattr(first, field), getattr(other, field)
             if ours != theirs:
                 raise ModelError(
@@ -234,7 +234,9 @@ def refiner(models: Sequence[TrainedModel]) -> evaluation.Refine | None:
                     f"{theirs or 'none'}; wanted the same for their mean: give runs whose "
                     "predictions are refined in one way"
                 )
-    crf = devices.batched_crf(**first.crf) if first.crf else None
+    crf = None
+    if first.crf:
+        crf = devices.batched_crf(**first.crf, upsampling=first.crf_upsampling)
     return evaluation.refiner(first.through_plane_sigma, crf)
 
 
@@ -381,7 +383,7 @@ def segment(
             probs = refine(image, probs, spacing_mm[2])
         back: dict[str, Any] = {
             "shape": volume.image.shape[:2],
-            "target_spacing_mm": how.target_spacing_mm,
+            "target_spacing_mm": evaluation.spacing_of(probs, how),
         }
         label = grid.probs_to_native_label(probs, spacing_mm, **back)
         label = largest_component(label, keep_largest)

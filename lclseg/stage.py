@@ -425,7 +425,7 @@ def validate(run: Run, state: steps.TrainState) -> tuple[dict, dict[str, np.ndar
         entry = run.prepared.volumes[prediction.volume_id]
         number = int(entry.class_pixels[:, 1:].sum(axis=1).argmax())
         _, truth = run.prepared.read_slices([entry.slices[number]])
-        found = prediction.probs[number].argmax(axis=-1)
+        found = prediction.label()[number]
         picture = tensorboard.overlay(grid.first_channel(prediction.image)[number], truth[0], found)
         pictures[prediction.volume_id] = picture
 

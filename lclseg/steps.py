@@ -24,7 +24,7 @@ import optax
 from scipy import special
 
 from lclseg import test_time
-from lclseg.crf import dense_crf
+from lclseg.crf import upsampled_dense_crf
 from lclseg.losses import IGNORE
 from lclseg.methods.contract import Augment, Slices, Term
 from lclseg.models import BATCH_NORM_MOMENTUM, Net, UNet
@@ -366,8 +366,8 @@ def predict_step(
 
 
 def refine_step(images: Array, probs: Array, **settings) -> Array:
-    """Refines class probabilities [B, H, W, C] by slices [B, H, W]; see `crf.dense_crf`."""
-    return dense_crf(images, probs, **settings)
+    """Refines class probabilities [B, H, W, C] by slices [B, H, W]; see `upsampled_dense_crf`."""
+    return upsampled_dense_crf(images, probs, **settings)
 
 
 def first_network(state: TrainState) -> TrainState:

@@ -91,6 +91,7 @@ def tiny_run(tmp_path_factory):
     config.model.filters = (4, 8)
     config.augment.strength = "paper"  # compiled in half the time
     config.predictions.test_time_augmentation = config.predictions.crf = True
+    config.predictions.crf_upsampling = 2
     config.predictions.through_plane_sigma = 8.0  # mm, of slices 8 to 10 mm apart
     config.crf.update(num_steps=2, bilateral_sigma=1.0, intensity_sigma=0.1, bilateral_weight=1.0)
     config.crf.update(spatial_sigma=1.0, spatial_weight=0.5)

@@ -123,15 +123,15 @@ def test_a_measurement_that_no_longer_fits_is_not_begun(monkeypatch):
 
 
 def test_what_is_gained_after_training(tiny_run):
-    """The run was tested with copies turned by 15 degrees, refined, and smoothed by 8 mm."""
+    """The run was tested with copies turned by 15 degrees, smoothed by 8 mm, and refined."""
     workdir, results = tiny_run
-    how = test_time.variants([15.0], [(1.0, 0.1, 1.0)], [8.0])
-    plain = ["as predicted", "turned by 15", "CRF 1 0.1 1", "turned by 15, CRF 1 0.1 1"]
+    how = test_time.variants([15.0], [(1.0, 0.1, 1.0)], [8.0], [2])
+    plain = ["as predicted", "turned by 15", "CRF 1 0.1 1, 2x", "turned by 15, CRF 1 0.1 1, 2x"]
     smoothed = [
         "smoothed by 8 mm",
         "turned by 15, smoothed by 8 mm",
-        "smoothed by 8 mm, CRF 1 0.1 1",
-        "turned by 15, smoothed by 8 mm, CRF 1 0.1 1",
+        "smoothed by 8 mm, CRF 1 0.1 1, 2x",
+        "turned by 15, smoothed by 8 mm, CRF 1 0.1 1, 2x",
     ]
     assert [variant.name for variant in how] == [*plain, *smoothed]
     how[-1].crf.update(num_steps=2, spatial_weight=0.5)  # as tests/conftest.py has it

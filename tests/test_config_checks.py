@@ -214,6 +214,17 @@ def test_a_crf_of_no_steps_refines_no_prediction():
     check_config(config, num_devices=1)
 
 
+def test_a_finer_grid_is_one_of_a_crf():
+    config = config_of()
+    config.predictions.crf_upsampling = 2
+    with pytest.raises(
+        ConfigError, match=r"crf_upsampling is 2, but predictions\.crf is False; wan"
+    ):
+        check_config(config, num_devices=1)
+    config.predictions.crf, config.crf.num_steps = True, 1
+    check_config(config, num_devices=1)
+
+
 def test_a_wrong_value_of_own_data_is_told_before_the_folder_is_looked_at(tmp_path):
     config = config_of("nifti_folder")
     config.data.manual_dir = str(tmp_path / "not there")

@@ -1,8 +1,11 @@
+import functools
+
 import jax
 import numpy as np
 import pytest
+from scipy import ndimage
 
-from lclseg.crf import dense_crf
+from lclseg.crf import dense_crf, upsampled_dense_crf
 
 # The paper's settings for cardiac images; 5 px and 0.1 are ordinary values of a bilateral kernel.
 PAPER = {
@@ -189,6 +192,40 @@ def test_batch_equals_slice_by_slice(settings):
     batch = dense_crf(np.stack(image), np.stack(probs), **settings)
     alone = [refine_one(i, p, **settings) for i, p in zip(image, probs, strict=True)]
     np.testing.assert_allclose(batch, np.stack(alone), atol=1e-5)
+
+
+@pytest.mark.parametrize("upsampling", [1, 2, 3])
+def test_a_finer_grid_is_that_of_scipy(upsampling):
+    """Middles aligned, linear between pixels, sigmas as long as on the coarse grid."""
+    image, probs, _ = phantom(12, 15, seed=8)
+    sizes = [n * upsampling for n in image.shape]
+    at = [(np.arange(m) - m // 2) / upsampling + m // upsampling // 2 for m in sizes]
+    fine = functools.partial(
+        ndimage.map_coordinates,
+        coordinates=np.meshgrid(*at, indexing="ij"),
+        order=1,
+        mode="nearest",
+    )
+    longer = {k: ORDINARY[k] * upsampling for k in ("spatial_sigma", "bilateral_sigma")}
+    fine_probs = np.stack([fine(probs[..., c]) for c in range(4)], axis=-1)
+    expected = refine_one(fine(image), fine_probs, **ORDINARY | longer)
+    found = upsampled_dense_crf(image[None], probs[None], upsampling=upsampling, **ORDINARY)[0]
+    assert found.shape == (12 * upsampling, 15 * upsampling, 4) and found.dtype == np.float32
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_a_finer_grid_finds_the_edge_between_pixels():
+    """An edge of the image at a quarter of a pixel; the probabilities do not know where."""
+    column = np.arange(16)
+    share = np.clip(8.75 - column, 0, 1)  # of each pixel that lies left of 8.25, its centre at 8
+    image = np.tile(share, (1, 16, 1))
+    left = np.where(column < 8, 0.9, np.where(column > 8, 0.1, 0.5))
+    probs = np.tile(np.stack([left, 1 - left], axis=-1), (1, 16, 1, 1))
+    settings = OFF | {"bilateral_sigma": 1.5, "intensity_sigma": 0.2, "bilateral_weight": 3.0}
+    settings["num_steps"] = 5
+    found = upsampled_dense_crf(image, probs, upsampling=4, **settings)[0, 32]
+    edge = ((found.argmax(axis=-1) == 0).sum() - 0.5) / 4  # in pixels of the coarse grid
+    assert edge == pytest.approx(8.25, abs=0.125)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from lclseg import evaluation
+from lclseg.crf import upsampled_dense_crf
 from lclseg.data import grid
 from lclseg.data.dataset import PreparedSet, VolumeEntry
 from lclseg.data.preprocess import Preprocessing
@@ -93,6 +94,45 @@ def test_to_native_label(prepared):
         assert 2 * ((native == k) & (label == k)).sum() > 0.95 * (
             (native == k).sum() + (label == k).sum()
         )
+
+
+def test_a_finer_grid_lies_where_the_coarse_one_does(prepared):
+    """A plane whose border lies between pixels, sampled twice as fine: the border stays."""
+
+    def plane(size):
+        spacing = TARGET * SIZE / size
+        at = (np.arange(size) - size // 2) * spacing  # mm from the middle pixel
+        right = np.clip(0.5 + (at - 3.2) / 100, 0, 1)  # 0.5 at 3.2 mm
+        probs = np.stack([1 - right, right, np.zeros_like(right)], axis=-1)
+        return np.tile(probs[None, :, None], (SHAPES["first"][2], 1, size, 1))
+
+    # Fine probabilities as the CRF makes them, but for what it refines.
+    off = {"num_steps": 0, "spatial_weight": 0.0, "bilateral_weight": 0.0}
+    sigmas = dict.fromkeys(("spatial_sigma", "bilateral_sigma", "intensity_sigma"), 1.0)
+    upsampled = upsampled_dense_crf(
+        np.zeros((SHAPES["first"][2], SIZE, SIZE)), plane(SIZE), upsampling=2, **off, **sigmas
+    )
+    inside = np.s_[2:-2]  # at its last pixel the plane is not interpolated, but repeated
+    np.testing.assert_allclose(upsampled[:, inside], plane(2 * SIZE)[:, inside], atol=1e-5)
+    labels = [
+        evaluation.to_native_label(prepared, "first", np.asarray(probs))[:, 4:-4]
+        for probs in (plane(SIZE), upsampled)
+    ]
+    np.testing.assert_array_equal(*labels)
+    assert 0 < labels[0].mean() < 1
+    assert evaluation.spacing_of(upsampled, prepared) == TARGET / 2
+
+
+@pytest.mark.parametrize("size, upsampling", [(6, 1), (6, 2), (6, 3), (7, 2), (7, 3)])
+def test_labels_of_a_finer_grid_on_the_training_grid(size, upsampling):
+    label = np.random.default_rng(0).integers(0, 3, (2, size, size))
+    probs = np.eye(3, dtype=np.float32)[label]
+    off = {"num_steps": 0, "spatial_weight": 0.0, "bilateral_weight": 0.0}
+    sigmas = dict.fromkeys(("spatial_sigma", "bilateral_sigma", "intensity_sigma"), 1.0)
+    fine = upsampled_dense_crf(label, probs, upsampling=upsampling, **off, **sigmas)
+    assert fine.shape[1] == size * upsampling
+    prediction = evaluation.VolumePrediction("first", label.astype(float), probs, np.asarray(fine))
+    np.testing.assert_array_equal(prediction.label(), label)
 
 
 @pytest.mark.parametrize("batch_size", [4, 100])

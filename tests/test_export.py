@@ -60,6 +60,7 @@ def test_folder_reads_back_to_the_bit(model, exported):
     assert again.preprocessing == model.preprocessing
     assert again.angles == model.angles == pytest.approx(np.deg2rad([15, -15]))
     assert again.crf == model.crf and model.crf["bilateral_sigma"] == 1.0
+    assert again.crf_upsampling == model.crf_upsampling == 2
     assert again.through_plane_sigma == model.through_plane_sigma == 8.0
     assert (again.architecture, again.batch_size, again.facts) == (
         model.architecture,
@@ -76,9 +77,13 @@ def assert_same_leaves(ours, theirs):
 
 
 def test_folders_of_older_versions_stay_readable(copy):
-    """They do not smooth; version 4 knows no CRF, 3 no turned copies, 2 no largest components."""
+    """Version 6 knows one grid for the CRF, version 5 no smoothing, 4 no CRF, and so on."""
     path = copy / "model.json"
     content = json.loads(path.read_text())
+    assert content.pop("crf_upsampling") == 2
+    path.write_text(json.dumps(content | {"version": 6}))
+    model = export.read_model(copy)
+    assert model.crf_upsampling == 1 and model.crf and model.through_plane_sigma == 8
     assert content.pop("through_plane_sigma") == 8
     path.write_text(json.dumps(content | {"version": 5}))
     model = export.read_model(copy)
@@ -173,8 +178,8 @@ def test_model_card_of_a_model_that_keeps_every_component(model):
     "values, message",
     [
         ({"format": "other"}, "format is 'other'"),
-        ({"version": 7, "news": 1}, r"version is 7; wanted 2 to 6"),
-        ({"version": 1}, r"version is 1; wanted 2 to 6"),
+        ({"version": 8, "news": 1}, r"version is 8; wanted 2 to 7"),
+        ({"version": 1}, r"version is 1; wanted 2 to 7"),
         ({"version": True}, "version is True"),
         ({"news": 1}, "found 'news', which this version does not know"),
         ({"batch_size": 10**9}, r"batch_size is 1000000000; wanted 1\.\.4096"),
@@ -190,6 +195,8 @@ def test_model_card_of_a_model_that_keeps_every_component(model):
         ({"crf__num_steps": 1.5}, "crf is "),
         ({"crf__intensity_sigma": 0}, "crf is "),
         ({"crf__spatial_weight": "1"}, "crf is "),
+        ({"crf_upsampling": 0}, "crf_upsampling is 0; wanted 1 to 8, whole"),
+        ({"crf_upsampling": 10**9}, "crf_upsampling is 1000000000"),
         ({"through_plane_sigma": -1}, "through_plane_sigma is -1; wanted a number of mm, 0 to"),
         ({"through_plane_sigma": "1"}, "through_plane_sigma is '1'"),
         ({"through_plane_sigma": 10**9}, "through_plane_sigma is 1000000000"),
@@ -224,6 +231,7 @@ def test_values_that_are_refused(copy, values, message):
         "architecture",
         "angles",
         "crf",
+        "crf_upsampling",
         "through_plane_sigma",
     ],
 )

@@ -12,7 +12,7 @@ import pytest
 import SimpleITK as sitk  # noqa: N813
 
 from lclseg import evaluation, export, model_files, predict, test_time
-from lclseg.crf import dense_crf
+from lclseg.crf import upsampled_dense_crf
 from lclseg.data import nifti, preprocess
 from lclseg.data.layouts import Files
 from lclseg.data.nifti import VolumeError
@@ -785,8 +785,9 @@ def test_a_mean_is_refined_as_its_models_say(tiny_run):
     image = rng.random((19, 32, 32), np.float32)
     probs = rng.dirichlet([0.3] * 4, image.shape).astype(np.float32)
     smoothed = smooth_across_slices(probs, 5.0, 8.0)
-    expected = dense_crf(image, smoothed, **model.crf)
-    assert np.abs(expected - smoothed).max() > 0.1 < np.abs(smoothed - probs).max()
+    expected = upsampled_dense_crf(image, smoothed, upsampling=2, **model.crf)
+    assert expected.shape == (19, 64, 64, 4)
+    assert np.abs(expected[:, ::2, ::2] - smoothed).max() > 0.1 < np.abs(smoothed - probs).max()
     found = predict.refiner([model, model])(image, probs, 5.0)
     np.testing.assert_allclose(found, expected, atol=1e-5)
     by_channels = np.stack([image, rng.random(image.shape, np.float32)], axis=-1)
@@ -798,6 +799,8 @@ def test_a_mean_is_refined_as_its_models_say(tiny_run):
         predict.refiner([model, other])
     with pytest.raises(ModelError, match="crf of {'bilateral_sigma'.* OTHER of none"):
         predict.refiner([model, other._replace(crf={}, through_plane_sigma=8.0)])
+    with pytest.raises(ModelError, match="crf_upsampling of 2, OTHER of 1; wanted the same"):
+        predict.refiner([model, other._replace(crf_upsampling=1, through_plane_sigma=8.0)])
 
 
 def test_the_command(tiny_run, phantom_folder, tmp_path, main, capsys, predicted):

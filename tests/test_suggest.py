@@ -7,6 +7,7 @@ import runpy
 import shlex
 import shutil
 from pathlib import Path
+from unittest import mock
 
 import jax
 import nibabel as nib
@@ -15,10 +16,11 @@ import pytest
 from scipy import ndimage
 
 from lclseg import model_files, predict, quality_gate, suggest, train
-from lclseg.crf import dense_crf
+from lclseg.crf import upsampled_dense_crf
 from lclseg.data import own_data
 from lclseg.data.splits import SplitError
 from lclseg.errors import ConfigError
+from lclseg.evaluation import VolumePrediction
 from lclseg.page import suggestions
 from lclseg.page.recorded import RunError, find_prepared
 from lclseg.run import devices
@@ -147,6 +149,21 @@ def test_tables_and_page(loop, suggested):
     assert page.count("<svg") >= 4
 
 
+@pytest.mark.parametrize("finer", [1, 2])
+def test_the_page_shows_the_slice_that_the_network_doubts(finer):
+    """Of refined probabilities, which are all certain, it can not tell."""
+    label = np.zeros((6, 8, 8), int)
+    label[1, 2:6, 2:6] = label[2, 3:5, 3:5] = 1
+    network = np.where(np.eye(2)[label] > 0, 0.95, 0.05)
+    network[4] = 0.5
+    fine = label.repeat(finer, axis=1).repeat(finer, axis=2)
+    found = VolumePrediction("one", np.ones((6, 8, 8)), network, np.eye(2)[fine])
+    chosen = [suggestions.Suggestion(1, "one", 0.5, None, "masks/one.nii.gz")]
+    prepared = mock.Mock(class_names=("organ",))
+    shown = "".join(suggestions._poorest(chosen, prepared, lambda _: found, ()))
+    assert "slice 2 of 6: most foreground" in shown and "slice 5 of 6: least certain" in shown
+
+
 def test_commands_of_the_page_take_names_with_blanks(tmp_path):
     config = {"data": {"name": "nifti_folder", "manual_dir": str(tmp_path / "my data")}}
     image = str(tmp_path / "my data" / "Pat 06.nii.gz")
@@ -223,9 +240,10 @@ def test_volumes_are_predicted_as_the_model_says(tiny_run):
     image, _ = prepared.read_slices(prepared.volumes[volume_id].slices)
     plain, spacing_mm = network(image), prepared.read_native(volume_id).spacing_mm[2]
     found = suggest.predict_volume(network, model, prepared, volume_id)
-    expected = dense_crf(image, smooth_across_slices(plain, spacing_mm, 8.0), **model.crf)
+    smoothed = smooth_across_slices(plain, spacing_mm, 8.0)
+    expected = upsampled_dense_crf(image, smoothed, upsampling=2, **model.crf)
     np.testing.assert_allclose(found.probs, expected, atol=1e-5)
-    assert np.abs(found.probs - plain).max() > 0.01
+    assert np.abs(found.probs[:, ::2, ::2] - plain).max() > 0.01
     np.testing.assert_allclose(found.network, plain, atol=1e-6)
 
 

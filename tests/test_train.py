@@ -20,7 +20,7 @@ from small_run import TIMES, logged
 from tensorboardX.proto import event_pb2
 
 from lclseg import report, test_time, train
-from lclseg.crf import dense_crf
+from lclseg.crf import dense_crf, upsampled_dense_crf
 from lclseg.data.batches import records_of
 from lclseg.errors import ConfigError, NonFiniteLossError
 from lclseg.evaluation import VolumePrediction
@@ -657,6 +657,9 @@ def test_the_mean_over_turned_copies_on_all_devices(finished, data_dir):
     config.crf.update(num_steps=2, bilateral_sigma=1.0, intensity_sigma=0.1)
     refined = dense_crf(images, smoothed, **config.crf)
     assert np.abs(refined - smoothed).max() > 0.01
+    np.testing.assert_allclose(probs_tested(run, config, state), refined, atol=1e-4)
+    config.predictions.crf_upsampling = 2
+    refined = upsampled_dense_crf(images, smoothed, upsampling=2, **config.crf)
     np.testing.assert_allclose(probs_tested(run, config, state), refined, atol=1e-4)
 
 

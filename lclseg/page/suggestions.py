@@ -9,7 +9,7 @@ import numpy as np
 
 from lclseg.class_groups import Kind
 from lclseg.components import largest_component
-from lclseg.data import own_data
+from lclseg.data import grid, own_data
 from lclseg.data.dataset import PreparedSet
 from lclseg.evaluation import VolumePrediction
 from lclseg.page import figures, pictures
@@ -78,10 +78,10 @@ def _poorest(
     for s in chosen:
         yield f"<h3>{s.rank}. {text(s.volume_id)}</h3>"
         yield f"<p>Expected Dice {s.expected_dice:.2f}.</p>"
-        _, image, network, probs = predict(s.volume_id)
-        label = largest_component(probs.argmax(axis=-1), keep_largest)
-        image = image if image.ndim == 3 else image[..., 0]
-        doubt = (1 - network.max(axis=-1)).sum(axis=(1, 2))
+        prediction = predict(s.volume_id)
+        label = largest_component(prediction.label(), keep_largest)
+        image = grid.first_channel(prediction.image)
+        doubt = (1 - prediction.network.max(axis=-1)).sum(axis=(1, 2))
         shown = {
             int(np.count_nonzero(label, axis=(1, 2)).argmax()): "most foreground",
             int(doubt.argmax()): "least certain",

@@ -104,6 +104,7 @@ RULES: dict[str, Rule] = {
     "predictions.test_time_augmentation": YES_NO,
     "pseudo_labels.crf": YES_NO,
     "predictions.crf": YES_NO,
+    "predictions.crf_upsampling": whole(1, 8),
     "pseudo_labels.through_plane_sigma": NOT_NEGATIVE,
     "predictions.through_plane_sigma": NOT_NEGATIVE,
     "optimizer.learning_rate": ABOVE_0,
@@ -258,6 +259,12 @@ def _misfits(config: ConfigDict, num_devices: int, wrong: Collection[str]) -> It
             yield (
                 "predictions.crf is True, but crf.num_steps is 0, which refines nothing; wanted 1 "
                 "or more, or predictions.crf=False"
+            )
+    if right("predictions.crf", "predictions.crf_upsampling"):
+        if config.predictions.crf_upsampling > 1 and not config.predictions.crf:
+            yield (
+                f"predictions.crf_upsampling is {config.predictions.crf_upsampling}, but "
+                "predictions.crf is False; wanted 1, or predictions.crf=True"
             )
     # Own data's lists are drawn, see `own_data.complete`.
     if right("data.") and config.data.name != own_data.NAME:

@@ -136,7 +136,8 @@ def _compiled_crf(**settings) -> Callable:
 def batched_crf(**settings) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
     """Maps slices [M, H, W] and probabilities [M, H, W, C], for any M, to refined probabilities.
 
-    By this process' devices; see `crf.dense_crf`.
+    By this process' devices; see `crf.upsampled_dense_crf` for the settings, and for the result,
+    [M, f H, f W, C].
     """
     # A volume may have ten slices. On CPUs what pads a batch takes as long as they do; an
     # accelerator does all at once.

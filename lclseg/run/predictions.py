@@ -39,14 +39,17 @@ def predictor(
     return multihost.predict_together(predict)
 
 
-def refinement(config: ConfigDict, options: ConfigDict) -> evaluation.Refine | None:
+def refinement(
+    config: ConfigDict, options: ConfigDict, *, upsampling: int = 1
+) -> evaluation.Refine | None:
     """What refines pseudo-labels, or predictions, whose `options` these are; see `evaluation`.
 
-    The CRF runs on all devices and in all processes.
+    The CRF runs on all devices and in all processes, on a grid `upsampling` times as fine. That is
+    for predictions alone: pseudo-labels are learnt on the training grid.
     """
     crf = None
     if options.crf and config.crf.num_steps:
-        crf = multihost.predict_together(devices.batched_crf(**config.crf))
+        crf = multihost.predict_together(devices.batched_crf(**config.crf, upsampling=upsampling))
     return evaluation.refiner(options.through_plane_sigma, crf)
 
 
@@ -70,6 +73,6 @@ def evaluate_state(
         run.prepared,
         volume_ids,
         batch_size=run.config.data.eval_batch_size,
-        refine=refinement(run.config, options),
+        refine=refinement(run.config, options, upsampling=options.crf_upsampling),
         **kwargs,
     )
