@@ -44,9 +44,9 @@ def variants(
     degrees: Sequence[float],
     crfs: Sequence[Sequence[float]],
     sigmas: Sequence[float],
-    upsamplings: Sequence[int] = (1,),
+    upsamplings: Sequence[int],
 ) -> list[Variant]:
-    """Every combination of no copies, or copies, with no CRF, or one, and no smoothing, or one."""
+    """Every combination of no copies, or copies, no CRF, or one on a grid, no smoothing, or one."""
     copies = [
         ("", ()),
         *((f"turned by {d:g}", (math.radians(d), -math.radians(d))) for d in degrees),

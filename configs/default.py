@@ -94,7 +94,7 @@ def get_config(method: str = "local_contrastive") -> ConfigDict:
     predictions.largest_component = "by_masks"  # of what is handed out; tested with and without
     predictions.test_time_augmentation = False  # as above; in validation and tests, too
     predictions.crf = False  # refine them by `crf`; in validation and tests, too
-    # The CRF's grid is so many times as fine as the training grid; time grows with its 4th power.
+    # The CRF's grid is so many times as fine as the training grid; see crf.upsampled_dense_crf.
     predictions.crf_upsampling = 1
     predictions.through_plane_sigma = 0.0  # as above; in validation and tests, too
 

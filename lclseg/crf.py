@@ -117,7 +117,7 @@ def upsampled_dense_crf(
     Args:
       image: [B, H, W], as for `dense_crf`.
       probs: [B, H, W, C].
-      upsampling: f >= 1; time grows with f^4, f^2 pixels with f^2 neighbours each.
+      upsampling: f >= 1; operations grow with f^4: f^2 pixels with f^2 neighbours each.
       **settings: of `dense_crf`; its sigmas in pixels of the coarse grid.
 
     Returns:

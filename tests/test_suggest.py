@@ -151,7 +151,7 @@ def test_tables_and_page(loop, suggested):
 
 @pytest.mark.parametrize("finer", [1, 2])
 def test_the_page_shows_the_slice_that_the_network_doubts(finer):
-    """Of refined probabilities, which are all certain, it can not tell."""
+    """Of refined probabilities, which are all certain, nothing could be told."""
     label = np.zeros((6, 8, 8), int)
     label[1, 2:6, 2:6] = label[2, 3:5, 3:5] = 1
     network = np.where(np.eye(2)[label] > 0, 0.95, 0.05)
