@@ -36,8 +36,13 @@ def make(options: Any, base: Base) -> Method:
     """The method; `options` has `weight`, see configs/methods/cps.py."""
 
     def segment_by_both(net, params, state, images):
-        """Logits [2, n, H, W, C] by group."""
-        return jax.vmap(lambda p, s: segment(net, p, s, images))(params, state.batch_stats)
+        """Logits [2, n, H, W, C] by group, and both networks' statistics.
+
+        One network after the other: `vmap` would make grouped convolutions of both.
+        """
+        weights = (params, state.batch_stats)
+        each = [segment(net, *jax.tree.map(lambda x: x[n], weights), images) for n in range(2)]
+        return jax.tree.map(lambda *both: jnp.stack(both), *each)
 
     def supervised_term(net, logits, label):
         each = [segmentation_term(base, one, label, net.axis_name) for one in logits]
