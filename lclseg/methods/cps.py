@@ -12,6 +12,7 @@ The first stage is supervised training of both. Evaluated is the first network a
 averaged weights. Parameters and statistics have a leading axis of 2.
 """
 
+from operator import itemgetter
 from typing import Any
 
 import jax
@@ -41,7 +42,8 @@ def make(options: Any, base: Base) -> Method:
         One network after the other: `vmap` would make grouped convolutions of both.
         """
         weights = (params, state.batch_stats)
-        each = [segment(net, *jax.tree.map(lambda x: x[n], weights), images) for n in range(2)]
+        networks = [jax.tree.map(itemgetter(number), weights) for number in range(2)]
+        each = [segment(net, *network, images) for network in networks]
         return jax.tree.map(lambda *both: jnp.stack(both), *each)
 
     def supervised_term(net, logits, label):
