@@ -25,7 +25,7 @@ from lclseg.page.recorded import find_prepared
 from lclseg.run import devices
 from lclseg.run.stored_config import as_now
 from lclseg.run.workdir import read_json
-from lclseg.sweep import mean_and_interval
+from lclseg.sweep_table import mean_and_interval
 
 CRF_STEPS = 3  # of mean field
 

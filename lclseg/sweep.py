@@ -9,9 +9,9 @@ A table of experiments: rows (overrides of one config) x pairs (split, seed). A 
           "method": NAME takes the config of another method
 
 Every run leaves `<row>/<split>_seed<seed>.json` in the results folder, from which the Markdown
-table is made; finished ones are skipped when the command is started again. Runs of one pair whose
-baselines do not differ train it once. As many runs train at a time as there are devices (of CPUs,
-cores), one device each; a run that fails does not end the others.
+tables are made (`lclseg/sweep_table.py`); finished ones are skipped when the command is started
+again. Runs of one pair whose baselines do not differ train it once. As many runs train at a time
+as there are devices (of CPUs, cores), one device each; a run that fails does not end the others.
 """
 
 import json
@@ -23,14 +23,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 from absl import app, flags
 from ml_collections import ConfigDict
-from scipy import stats
 
 from lclseg.errors import UserError, in_words
 from lclseg.run import side_by_side
 from lclseg.run.stored_config import as_now, differing_keys, to_store
+from lclseg.sweep_table import handed_out, last_test, markdown, runs_of, table
 
 _SWEEP = flags.DEFINE_string("sweep", None, "Sweep file, e.g. configs/sweeps/hippocampus.py.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the runs; default runs/<sweep>.")
@@ -42,6 +41,9 @@ _MANUAL_DIR = flags.DEFINE_string("manual_dir", "", "As --config.data.manual_dir
 _ONLY = flags.DEFINE_string("only", "", "One run, by its place below --workdir; no table.")
 _PREPARE_ONLY = flags.DEFINE_bool("prepare_only", False, "Prepare the data set, train nothing.")
 _TABLE_ONLY = flags.DEFINE_bool("table_only", False, "Train nothing, print the table.")
+_GAIN_OVER = flags.DEFINE_string(
+    "gain_over", None, "Row that the printed gains are over; default the first, as in the files."
+)
 
 # What differs from machine to machine, and is not part of a result.
 NOT_STORED = ("num_cpu_devices", "data.data_dir", "data.manual_dir", "rounds.baseline_from")
@@ -151,113 +153,6 @@ def read_results(folder: Path, sweep: Sweep) -> dict[tuple[str, str, int], dict]
     return found
 
 
-def mean_and_interval(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean and half the width of its 95 % interval (Student's t); None for a single value."""
-    mean = float(np.mean(values))
-    if len(values) < 2:
-        return mean, None
-    error = np.std(values, ddof=1) / np.sqrt(len(values))
-    return mean, float(stats.t.ppf(0.975, len(values) - 1) * error)
-
-
-def last_test(result: dict) -> dict:
-    """Test metrics of the last weights of a run's last stage."""
-    return list(result["results"].values())[-1]["test_last"]
-
-
-def handed_out(test: dict) -> dict:
-    """With the largest component kept, where there are classes in one piece."""
-    return test.get("largest_component", test)
-
-
-def table(
-    sweep: Sweep, results: Mapping[tuple[str, str, int], dict]
-) -> tuple[list[str], list[list[str]]]:
-    """The head and the cells of the table, a line per row that has a finished run.
-
-    Columns: number of runs; test Dice of the last weights (mean over volumes of the mean over
-    classes), mean over the runs with its 95 % interval; the same with the largest component kept;
-    its gain over the first row, pair by pair; the same of the checkpoint that validation chose;
-    then of the last weights with the largest component Dice by class, and 95th-percentile Hausdorff
-    distance in mm without and with it; seconds of training; thousands of slices trained on.
-    """
-    classes = next(iter(results.values()))["class_names"]
-    reference = next(iter(sweep.rows))
-    head = ["row", "runs", "last weights", "largest component", f"gain over {reference}"]
-    head += ["chosen", *classes, "HD95", "HD95, largest component", "seconds", "1000 slices"]
-    lines = []
-    for row in sweep.rows:
-        own = runs_of(sweep, results, row)
-        if not own:
-            continue
-        tests = [last_test(r) for r in own.values()]
-        cleaned = list(map(handed_out, tests))
-        chosen = [handed_out(r["results"][r["chosen"]]["test"])["mean_dice"] for r in own.values()]
-        gains = paired_gains(results, row, reference)
-        distances = [[t["mean_hausdorff95_mm"] for t in some] for some in (tests, cleaned)]
-        stages = [list(r["results"].values()) for r in own.values()]
-        cells = [
-            row,
-            str(len(own)),
-            _interval([t["mean_dice"] for t in tests]),
-            _interval([t["mean_dice"] for t in cleaned]),
-            _interval(gains, "+") if gains and row != reference else "",
-            _interval(chosen),
-            *(f"{np.mean([t['dice_per_class'][c] for t in cleaned]):.3f}" for c in classes),
-            *(f"{np.mean(some):.1f}" for some in distances),
-            f"{np.mean([sum(s['seconds']['train'] for s in each) for each in stages]):.0f}",
-            f"{np.mean([sum(s['slices'] for s in each) for each in stages]) / 1000:.1f}",
-        ]
-        lines.append(cells)
-    return head, lines
-
-
-def runs_of(
-    sweep: Sweep, results: Mapping[tuple[str, str, int], dict], row: str
-) -> dict[tuple[str, int], dict]:
-    """The finished runs of a row, by pair."""
-    return {pair: results[row, *pair] for pair in sweep.pairs if (row, *pair) in results}
-
-
-def markdown(sweep: Sweep, results: Mapping[tuple[str, str, int], dict]) -> str:
-    """The table in Markdown, then a line per run."""
-    if not results:
-        return "no finished run yet"
-    head, lines = table(sweep, results)
-    runs = []
-    for row in sweep.rows:
-        for (split, seed), r in runs_of(sweep, results, row).items():
-            tests = [handed_out(stage["test_last"]) for stage in r["results"].values()]
-            dices = " -> ".join(f"{test['mean_dice']:.3f}" for test in tests)
-            runs.append([row, split, str(seed), dices, r["chosen"]])
-    of_runs = ["row", "split", "seed", "last weights, largest component, by stage", "chosen"]
-    return f"{_markdown(head, lines)}\n\n{_markdown(of_runs, runs)}"
-
-
-def _markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *lines])
-
-
-def paired_gains(
-    results: Mapping[tuple[str, str, int], dict], row: str, reference: str
-) -> list[float]:
-    """By pair (split, seed) that both rows have: by how much a row's test Dice is higher.
-
-    Of the last weights, the largest component kept.
-    """
-    return [
-        handed_out(last_test(result))["mean_dice"]
-        - handed_out(last_test(results[reference, split, seed]))["mean_dice"]
-        for (name, split, seed), result in results.items()
-        if name == row and (reference, split, seed) in results
-    ]
-
-
-def _interval(values: Sequence[float], sign: str = "") -> str:
-    mean, half = mean_and_interval(values)
-    return f"{mean:{sign}.3f}" + ("" if half is None else f" ± {half:.3f}")
-
-
 def first_with_baseline(config: ConfigDict, stored: Iterable[tuple[str, dict]]) -> str | None:
     """Which of (name, config as stored) is the first whose baseline is the config's; or None."""
     from lclseg.run.start_from import other_baseline  # here: it loads JAX
@@ -308,7 +203,12 @@ def write_table(sweep: Sweep, folder: Path) -> None:
     """Writes README.md of the results folder anew."""
     from lclseg.run.workdir import write_text
 
-    write_text(folder / "README.md", markdown(sweep, read_results(folder, sweep)) + "\n")
+    write_text(folder / "README.md", _markdown(sweep, read_results(folder, sweep)) + "\n")
+
+
+def _markdown(sweep: Sweep, results: Mapping, reference: str | None = None) -> str:
+    reference = reference or next(iter(sweep.rows))
+    return markdown(sweep.rows, sweep.pairs, results, reference)
 
 
 def write_page(sweep: Sweep, results: Mapping, workdir: Path, folder: Path) -> Path:
@@ -333,12 +233,13 @@ def write_page(sweep: Sweep, results: Mapping, workdir: Path, folder: Path) -> P
             for r in own.values()
         ]
         for row in sweep.rows
-        if (own := runs_of(sweep, results, row))
+        if (own := runs_of(results, row, sweep.pairs))
     }
     example = next(iter(results.values()))
     title = f"{example['dataset']}: {len(example['volumes']['labeled'])} labelled, methods compared"
+    head_and_cells = table(sweep.rows, sweep.pairs, results, reference=next(iter(sweep.rows)))
     path = folder / "index.html"
-    write_text(path, methods.page(title, *table(sweep, results), dice, runs))
+    write_text(path, methods.page(title, *head_and_cells, dice, runs))
     return path
 
 
@@ -453,6 +354,10 @@ def main(argv):
     workdir = Path(_WORKDIR.value or f"runs/{path.stem}").expanduser().absolute()
     folder = Path(_RESULTS.value or f"results/{path.stem}").expanduser()
     sweep = load_sweep(path)
+    if _GAIN_OVER.value and _GAIN_OVER.value not in sweep.rows:
+        raise SweepError(
+            f"--gain_over: {path} has no row {_GAIN_OVER.value!r}; it has {', '.join(sweep.rows)}"
+        )
     sweep.config.data.update(data_dir=_DATA_DIR.value, manual_dir=_MANUAL_DIR.value)
     if _PREPARE_ONLY.value:
         setup.set_up_process(sweep.config)
@@ -472,7 +377,7 @@ def main(argv):
             print(f"lclseg: {stop}; the same command goes on from there")
             return
     results = read_results(folder, sweep)
-    print(markdown(sweep, results))
+    print(_markdown(sweep, results, _GAIN_OVER.value))
     if results:
         write_table(sweep, folder)
         print(f"\n{write_page(sweep, results, workdir, folder)}")

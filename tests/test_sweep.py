@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from small_run import Program, end_of, newest_state
+from sweep_results import fake_result
 
 from lclseg import sweep as sweeps
 from lclseg import train
@@ -21,6 +22,7 @@ from lclseg.cores import usable_cores
 from lclseg.errors import NonFiniteLossError
 from lclseg.run import side_by_side
 from lclseg.run.stored_config import differing_keys, to_store
+from lclseg.sweep_table import markdown
 
 ROOT = Path(__file__).parents[1]
 SWEEP = """
@@ -41,29 +43,6 @@ def sweep(tmp_path):
     shutil.copytree(ROOT / "configs", tmp_path, dirs_exist_ok=True)
     (tmp_path / "sweep.py").write_text(SWEEP)
     return sweeps.load_sweep(tmp_path / "sweep.py")
-
-
-def fake_result(*dices, chosen="baseline"):
-    """One test Dice per stage; with the largest component 0.02 more, of the chosen weights less."""
-    names = ["baseline", *(f"round_{n}" for n in range(1, len(dices)))]
-
-    def scores(dice):
-        return {
-            "mean_dice": dice,
-            "dice_per_class": {"RV": dice - 0.1, "LV": dice + 0.1},
-            "mean_hausdorff95_mm": 10 * dice,
-        }
-
-    stages = {
-        name: {
-            "test": scores(dice - 0.05),
-            "test_last": scores(dice) | {"largest_component": scores(dice + 0.02)},
-            "seconds": {"train": 60.0, "validate": 7.0},
-            "slices": 2000,
-        }
-        for name, dice in zip(names, dices, strict=True)
-    }
-    return {"class_names": ["RV", "LV"], "results": stages, "chosen": chosen}
 
 
 def test_experiments_are_rows_times_pairs(sweep):
@@ -97,42 +76,6 @@ def test_a_sweep_file_that_is_none(tmp_path):
         sweeps.load_sweep(tmp_path / "sweep.py")
 
 
-def test_mean_and_interval_by_hand():
-    # t(0.975, 2 degrees of freedom) = 4.302653; standard deviation 1, over sqrt(3).
-    assert sweeps.mean_and_interval([1.0, 2.0, 3.0]) == pytest.approx((2.0, 2.484138))
-    assert sweeps.mean_and_interval([0.5]) == (0.5, None)
-
-
-def test_table_by_hand(sweep):
-    results = {
-        ("supervised", "c1", 0): fake_result(0.70),
-        ("supervised", "c2", 7): fake_result(0.80),
-        ("inter, 3 anchors", "c1", 0): fake_result(0.6, 0.75, chosen="round_1"),
-        ("inter, 3 anchors", "c2", 7): fake_result(0.6, 0.87),
-        ("every pixel", "c2", 7): fake_result(0.6, 0.9),
-    }
-    lines = sweeps.markdown(sweep, results).splitlines()
-    assert lines[0] == (
-        "| row | runs | last weights | largest component | gain over supervised | chosen | RV | LV "
-        "| HD95 | HD95, largest component | seconds | 1000 slices |"
-    )
-    # t(0.975, 1) = 12.7062, times half the difference of two values.
-    assert lines[2:5] == [
-        "| supervised | 2 | 0.750 ± 0.635 | 0.770 ± 0.635 |  | 0.700 ± 0.635 | 0.670 | 0.870 "
-        "| 7.5 | 7.7 | 60 | 2.0 |",
-        "| inter, 3 anchors | 2 | 0.810 ± 0.762 | 0.830 ± 0.762 | +0.060 ± 0.127 | 0.625 ± 0.953 "
-        "| 0.730 | 0.930 | 8.1 | 8.3 | 120 | 4.0 |",
-        "| every pixel | 1 | 0.900 | 0.920 | +0.100 | 0.550 | 0.820 | 1.020 "
-        "| 9.0 | 9.2 | 120 | 4.0 |",
-    ]
-    assert "| inter, 3 anchors | c2 | 7 | 0.620 -> 0.890 | baseline |" in lines
-    assert len([line for line in lines if line.startswith("| every pixel")]) == 2
-
-
-def test_no_result_yet(sweep):
-    assert sweeps.markdown(sweep, {}) == "no finished run yet"
-
-
 @pytest.fixture
 def trained(monkeypatch):
     """Replaces training; lists (row and pair, taken-over baseline) of what was run."""
@@ -161,7 +104,7 @@ def test_a_sweep_shares_baselines_and_skips_what_is_finished(sweep, trained, tmp
     ]
     expected = [(f"{row}/{pair}", b) for pair in ("c1_seed0", "c2_seed7") for row, b in one_pair]
     assert trained == expected
-    assert (folder / "README.md").read_text().count("| every pixel") == 3
+    assert (folder / "README.md").read_text().count("| every pixel") == 4  # in three tables
 
     trained.clear()
     sweeps.run_missing(sweep, workdir, folder)
@@ -366,17 +309,35 @@ def test_the_row_of_the_recipe_is_the_config(name):
     assert [key for key in differing if not key.startswith("data.")] == []
 
 
+def test_gains_over_another_row_are_printed_and_not_stored(tmp_path):
+    command = [sys.executable, "-m", "lclseg.sweep", "--sweep=configs/sweeps/acdc_2.py"]
+    stored = ROOT / "results" / "acdc_2"
+    shutil.copytree(stored, tmp_path / "results")
+    command += [f"--results={tmp_path / 'results'}", f"--workdir={tmp_path}", "--table_only"]
+    command.append("--gain_over=recipe, without CRF")
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0 and "gain over recipe, without CRF" in ended.stdout
+    assert (tmp_path / "results" / "README.md").read_text() == (stored / "README.md").read_text()
+    command[-1] = "--gain_over=superb"
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert ended.returncode != 0 and "no row 'superb'; it has supervised," in ended.stderr
+
+
+SHOWN_BY_PAIR = ("acdc", "acdc_2", "acdc_long", "hippocampus")
 STORED = sorted(path.name for path in (ROOT / "results").iterdir())
 
 
 @pytest.mark.parametrize("name", STORED)
 def test_tables_of_the_repository_are_made_from_its_runs(name):
-    """The runs are those of the sweep as it is; a page of docs/ shows their means."""
+    """The runs are those of the sweep as it is; a page of docs/ shows their tables."""
     sweep = sweeps.load_sweep(ROOT / "configs" / "sweeps" / f"{name}.py")
     folder = ROOT / "results" / name
     results = sweeps.read_results(folder, sweep)
     assert len(results) == len(list(folder.glob("*/*.json"))) > 0
-    table = sweeps.markdown(sweep, results)
+    table = markdown(sweep.rows, sweep.pairs, results, next(iter(sweep.rows)))
     assert (folder / "README.md").read_text() == table + "\n"
     page = "recipe.md" if name.startswith("recipe") else "results.md"
-    assert table.partition("\n\n")[0] in (ROOT / "docs" / page).read_text()
+    means, by_pair, _ = table.split("\n\n")
+    text = (ROOT / "docs" / page).read_text()
+    assert means in text
+    assert by_pair in text or name not in SHOWN_BY_PAIR

@@ -1,0 +1,148 @@
+"""The table of a sweep: what rows give over pairs of split and seed, and paired differences.
+
+Results are those of finished runs, as `results.json` has them, by (row, split, seed).
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+from scipy import stats
+
+Pair = tuple[str, int]
+Results = Mapping[tuple[str, str, int], dict]
+
+
+def mean_and_interval(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean and half the width of its 95 % interval (Student's t); None for a single value."""
+    mean = float(np.mean(values))
+    if len(values) < 2:
+        return mean, None
+    error = np.std(values, ddof=1) / np.sqrt(len(values))
+    return mean, float(stats.t.ppf(0.975, len(values) - 1) * error)
+
+
+def last_test(result: dict) -> dict:
+    """Test metrics of the last weights of a run's last stage."""
+    return list(result["results"].values())[-1]["test_last"]
+
+
+def handed_out(test: dict) -> dict:
+    """With the largest component kept, where there are classes in one piece."""
+    return test.get("largest_component", test)
+
+
+def final_dice(result: dict) -> float:
+    """Test Dice of a run's last weights, the largest component kept."""
+    return handed_out(last_test(result))["mean_dice"]
+
+
+def runs_of(results: Results, row: str, pairs: Iterable[Pair]) -> dict[Pair, dict]:
+    """The finished runs of a row, by pair."""
+    return {pair: results[row, *pair] for pair in pairs if (row, *pair) in results}
+
+
+def table(
+    rows: Iterable[str], pairs: Sequence[Pair], results: Results, reference: str
+) -> tuple[list[str], list[list[str]]]:
+    """The head and the cells of the table, a line per row that has a finished run.
+
+    Columns: number of runs; test Dice of the last weights (mean over volumes of the mean over
+    classes), mean over the runs with its 95 % interval; the same with the largest component kept;
+    its gain over the row `reference`, pair by pair; the same of the checkpoint that validation
+    chose; then of the last weights with the largest component Dice by class, and 95th-percentile
+    Hausdorff distance in mm without and with it; seconds of training; thousands of slices trained
+    on.
+    """
+    classes = next(iter(results.values()))["class_names"]
+    head = ["row", "runs", "last weights", "largest component", f"gain over {reference}"]
+    head += ["chosen", *classes, "HD95", "HD95, largest component", "seconds", "1000 slices"]
+    lines = []
+    for row in rows:
+        own = runs_of(results, row, pairs)
+        if not own:
+            continue
+        tests = [last_test(r) for r in own.values()]
+        cleaned = list(map(handed_out, tests))
+        chosen = [handed_out(r["results"][r["chosen"]]["test"])["mean_dice"] for r in own.values()]
+        gains = paired_gains(results, row, reference)
+        distances = [[t["mean_hausdorff95_mm"] for t in some] for some in (tests, cleaned)]
+        stages = [list(r["results"].values()) for r in own.values()]
+        cells = [
+            row,
+            str(len(own)),
+            _interval([t["mean_dice"] for t in tests]),
+            _interval([t["mean_dice"] for t in cleaned]),
+            _interval(gains, "+") if gains and row != reference else "",
+            _interval(chosen),
+            *(f"{np.mean([t['dice_per_class'][c] for t in cleaned]):.3f}" for c in classes),
+            *(f"{np.mean(some):.1f}" for some in distances),
+            f"{np.mean([sum(s['seconds']['train'] for s in each) for each in stages]):.0f}",
+            f"{np.mean([sum(s['slices'] for s in each) for each in stages]) / 1000:.1f}",
+        ]
+        lines.append(cells)
+    return head, lines
+
+
+def by_pair(
+    rows: Iterable[str], pairs: Sequence[Pair], results: Results
+) -> tuple[list[str], list[list[str]]]:
+    """The head and the cells of a table of `final_dice`, a line per row, a column per pair.
+
+    A pair is named by its split, and by its seed as well where splits repeat. Pairs that no row has
+    run are left out.
+    """
+    pairs = [pair for pair in pairs if any(key[1:] == pair for key in results)]
+    splits = [split for split, _ in pairs]
+    repeat = len(set(splits)) < len(splits)
+    head = ["row", *(f"{split}, seed {seed}" if repeat else split for split, seed in pairs)]
+    lines = []
+    for row in rows:
+        own = runs_of(results, row, pairs)
+        if own:
+            dices = [f"{final_dice(own[pair]):.3f}" if pair in own else "" for pair in pairs]
+            lines.append([row, *dices])
+    return head, lines
+
+
+def by_stage(
+    rows: Iterable[str], pairs: Sequence[Pair], results: Results
+) -> tuple[list[str], list[list[str]]]:
+    """The head and the cells of a table of runs: `final_dice` after each stage, and the chosen."""
+    head = ["row", "split", "seed", "last weights, largest component, by stage", "chosen"]
+    lines = []
+    for row in rows:
+        for (split, seed), r in runs_of(results, row, pairs).items():
+            tests = [handed_out(stage["test_last"]) for stage in r["results"].values()]
+            dices = " -> ".join(f"{test['mean_dice']:.3f}" for test in tests)
+            lines.append([row, split, str(seed), dices, r["chosen"]])
+    return head, lines
+
+
+def markdown(rows: Iterable[str], pairs: Sequence[Pair], results: Results, reference: str) -> str:
+    """The three tables in Markdown, an empty line between them.
+
+    Gains of the first are over the row `reference`.
+    """
+    if not results:
+        return "no finished run yet"
+    rows = list(rows)
+    tables = [table(rows, pairs, results, reference)]
+    tables += [make(rows, pairs, results) for make in (by_pair, by_stage)]
+    return "\n\n".join(
+        "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *lines))
+        for head, lines in tables
+    )
+
+
+def paired_gains(results: Results, row: str, reference: str) -> list[float]:
+    """By pair (split, seed) that both rows have: by how much a row's `final_dice` is higher."""
+    return [
+        final_dice(result) - final_dice(results[reference, split, seed])
+        for (name, split, seed), result in results.items()
+        if name == row and (reference, split, seed) in results
+    ]
+
+
+def _interval(values: Sequence[float], sign: str = "") -> str:
+    mean, half = mean_and_interval(values)
+    return f"{mean:{sign}.3f}" + ("" if half is None else f" ± {half:.3f}")
