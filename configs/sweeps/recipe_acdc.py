@@ -71,4 +71,11 @@ ROWS = {
         | sweep["CRF"]
         | {"pseudo_labels.crf": True, "predictions.crf": False}
     ),
+    "self-training, weight 0.5, 90 degrees, test-time augmentation": (
+        self_training(0.5) | TURNED | sweep["TURNED_COPIES"]
+    ),
+    # Moved views of slices that show a structure, changed less in intensity, nothing pasted.
+    "local contrastive, 90 degrees, test-time augmentation": (
+        {"method": "local_contrastive"} | TURNED | sweep["TURNED_COPIES"]
+    ),
 }
