@@ -3,8 +3,8 @@
   python -m lclseg.main --config=configs/acdc_short.py --config.data.manual_dir=ACDC/training
 
 Expected: test Dice 0.85 (mean of five splits) on the development test volumes of sweeps/acdc.py,
-in some 18 minutes on one CPU core. With --config.rounds.steps_per_round=1600, twice the steps: 0.87,
-in 42 minutes. With 3600, four times: 0.88, in 88 minutes.
+in some 18 minutes on one CPU core. With --config.rounds.steps_per_round=1600, twice the steps:
+0.87, in 42 minutes. With 3600, four times: 0.88, in 88 minutes.
 
 Patients are those of acdc.py. The method is self-training; sweeps/acdc.py compares it with others.
 """
