@@ -15,17 +15,16 @@ from lclseg.methods.contract import Method
 from lclseg.models import Net, UNet
 
 
-def _into_network(image: jax.Array, weight: jax.Array) -> jax.Array:
-    """The slices as they are; where `vmap` runs several networks, the slices of each."""
-    return image + 0 * weight
+def _into_network(image: jax.Array) -> jax.Array:
+    """The slices as they are; the sum keeps the call in the program."""
+    return image + 0
 
 
 class _MarkedNet(Net):
     """Calls `_into_network`, a program with a name, on the slices of each pass."""
 
     def __call__(self, params, batch_stats, images, heads, **kwargs):
-        weight = jax.lax.stop_gradient(jnp.ravel(jax.tree.leaves(params)[0])[0])
-        images = {group: jax.jit(_into_network)(x, weight) for group, x in images.items()}
+        images = {group: jax.jit(_into_network)(x) for group, x in images.items()}
         return super().__call__(params, batch_stats, images, heads, **kwargs)
 
 

@@ -66,6 +66,11 @@ class Sweep(NamedTuple):
     pairs: Sequence[tuple[str, int]]
     rows: Mapping[str, Mapping]
 
+    @property
+    def reference(self) -> str:
+        """The row that the others are compared with."""
+        return next(iter(self.rows))
+
 
 class Experiment(NamedTuple):
     """One run of a sweep; `path` is its place below workdir and results folder, no suffix."""
@@ -203,12 +208,8 @@ def write_table(sweep: Sweep, folder: Path) -> None:
     """Writes README.md of the results folder anew."""
     from lclseg.run.workdir import write_text
 
-    write_text(folder / "README.md", _markdown(sweep, read_results(folder, sweep)) + "\n")
-
-
-def _markdown(sweep: Sweep, results: Mapping, reference: str | None = None) -> str:
-    reference = reference or next(iter(sweep.rows))
-    return markdown(sweep.rows, sweep.pairs, results, reference)
+    tables = markdown(sweep.rows, sweep.pairs, read_results(folder, sweep), sweep.reference)
+    write_text(folder / "README.md", tables + "\n")
 
 
 def write_page(sweep: Sweep, results: Mapping, workdir: Path, folder: Path) -> Path:
@@ -237,7 +238,7 @@ def write_page(sweep: Sweep, results: Mapping, workdir: Path, folder: Path) -> P
     }
     example = next(iter(results.values()))
     title = f"{example['dataset']}: {len(example['volumes']['labeled'])} labelled, methods compared"
-    head_and_cells = table(sweep.rows, sweep.pairs, results, reference=next(iter(sweep.rows)))
+    head_and_cells = table(sweep.rows, sweep.pairs, results, sweep.reference)
     path = folder / "index.html"
     write_text(path, methods.page(title, *head_and_cells, dice, runs))
     return path
@@ -377,7 +378,8 @@ def main(argv):
             print(f"lclseg: {stop}; the same command goes on from there")
             return
     results = read_results(folder, sweep)
-    print(_markdown(sweep, results, _GAIN_OVER.value))
+    reference = _GAIN_OVER.value or sweep.reference
+    print(markdown(sweep.rows, sweep.pairs, results, reference))
     if results:
         write_table(sweep, folder)
         print(f"\n{write_page(sweep, results, workdir, folder)}")

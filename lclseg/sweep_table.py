@@ -3,7 +3,7 @@
 Results are those of finished runs, as `results.json` has them, by (row, split, seed).
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import numpy as np
 from scipy import stats
@@ -42,7 +42,7 @@ def runs_of(results: Results, row: str, pairs: Iterable[Pair]) -> dict[Pair, dic
 
 
 def table(
-    rows: Iterable[str], pairs: Sequence[Pair], results: Results, reference: str
+    rows: Collection[str], pairs: Sequence[Pair], results: Results, reference: str
 ) -> tuple[list[str], list[list[str]]]:
     """The head and the cells of the table, a line per row that has a finished run.
 
@@ -84,7 +84,7 @@ def table(
 
 
 def by_pair(
-    rows: Iterable[str], pairs: Sequence[Pair], results: Results
+    rows: Collection[str], pairs: Sequence[Pair], results: Results
 ) -> tuple[list[str], list[list[str]]]:
     """The head and the cells of a table of `final_dice`, a line per row, a column per pair.
 
@@ -105,9 +105,12 @@ def by_pair(
 
 
 def by_stage(
-    rows: Iterable[str], pairs: Sequence[Pair], results: Results
+    rows: Collection[str], pairs: Sequence[Pair], results: Results
 ) -> tuple[list[str], list[list[str]]]:
-    """The head and the cells of a table of runs: `final_dice` after each stage, and the chosen."""
+    """The head and the cells of a table of runs: test Dice of each stage, and the chosen stage.
+
+    Of the last weights, the largest component kept.
+    """
     head = ["row", "split", "seed", "last weights, largest component, by stage", "chosen"]
     lines = []
     for row in rows:
@@ -118,14 +121,13 @@ def by_stage(
     return head, lines
 
 
-def markdown(rows: Iterable[str], pairs: Sequence[Pair], results: Results, reference: str) -> str:
+def markdown(rows: Collection[str], pairs: Sequence[Pair], results: Results, reference: str) -> str:
     """The three tables in Markdown, an empty line between them.
 
     Gains of the first are over the row `reference`.
     """
     if not results:
         return "no finished run yet"
-    rows = list(rows)
     tables = [table(rows, pairs, results, reference)]
     tables += [make(rows, pairs, results) for make in (by_pair, by_stage)]
     return "\n\n".join(

@@ -39,7 +39,8 @@ def make(options: Any, base: Base) -> Method:
     def segment_by_both(net, params, state, images):
         """Logits [2, n, H, W, C] by group, and both networks' statistics.
 
-        One network after the other: `vmap` would make grouped convolutions of both.
+        One network after the other: `vmap` would make grouped convolutions of both, which are slow
+        on CPUs.
         """
         weights = (params, state.batch_stats)
         networks = [jax.tree.map(itemgetter(number), weights) for number in range(2)]
