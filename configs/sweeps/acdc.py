@@ -39,6 +39,8 @@ CRF = {"pseudo_labels.crf": False, "predictions.crf": True} | {
 }
 NO_CRF = {f"crf.{key}": value for key, value in acdc["get_config"]().crf.items()}
 NO_CRF |= {"crf.num_steps": 0, "pseudo_labels.crf": True, "predictions.crf": False}
+# All of it: how acdc_short.py cleans labels and predicts, whatever the method.
+RULES = TOGETHER | TURNED_COPIES | CRF
 PAIRS = rows["PAIRS"]
 COPY_PASTE = rows["ROWS"]["self-training, copy-paste"]
 ROWS = rows["ROWS"] | {
@@ -47,7 +49,10 @@ ROWS = rows["ROWS"] | {
     "recipe, without copies and CRF": COPY_PASTE | TOGETHER,
     "recipe, without CRF": COPY_PASTE | TOGETHER | TURNED_COPIES,
     # As acdc_short.py is.
-    "recipe": COPY_PASTE | TOGETHER | TURNED_COPIES | CRF,
+    "recipe": COPY_PASTE | RULES,
+    # Other methods by the same rules: what is left between them is training.
+    "supervised, by the recipe's rules": rows["ROWS"]["supervised"] | RULES,
+    "local contrastive, by the recipe's rules": rows["ROWS"]["local contrastive"] | RULES,
 }
 BASE = {
     # Most rows were measured with it; see TOGETHER, TURNED_COPIES and CRF.
