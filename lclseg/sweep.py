@@ -379,10 +379,14 @@ def main(argv):
             return
     results = read_results(folder, sweep)
     reference = _GAIN_OVER.value or sweep.reference
-    print(markdown(sweep.rows, sweep.pairs, results, reference))
+    # Written before anything is printed: who prints to `head` closes the pipe early.
+    page = None
     if results:
         write_table(sweep, folder)
-        print(f"\n{write_page(sweep, results, workdir, folder)}")
+        page = write_page(sweep, results, workdir, folder)
+    print(markdown(sweep.rows, sweep.pairs, results, reference))
+    if page:
+        print(f"\n{page}")
     if failed:
         raise SweepError("\n  ".join([f"{len(failed)} runs failed:", *failed]))
 

@@ -323,6 +323,20 @@ def test_gains_over_another_row_are_printed_and_not_stored(tmp_path):
     assert ended.returncode != 0 and "no row 'superb'; it has supervised," in ended.stderr
 
 
+def test_tables_are_written_though_nobody_reads_what_is_printed(tmp_path):
+    """As where the command prints to `head`."""
+    stored = ROOT / "results" / "acdc_2"
+    shutil.copytree(stored, tmp_path / "results")
+    (tmp_path / "results" / "README.md").unlink()
+    command = [sys.executable, "-m", "lclseg.sweep", "--sweep=configs/sweeps/acdc_2.py"]
+    command += [f"--results={tmp_path / 'results'}", f"--workdir={tmp_path}", "--table_only"]
+    read, write = os.pipe()
+    os.close(read)
+    subprocess.run(command, cwd=ROOT, stdout=write, stderr=subprocess.DEVNULL, timeout=120)
+    os.close(write)
+    assert (tmp_path / "results" / "README.md").read_text() == (stored / "README.md").read_text()
+
+
 # Of these docs/results.md has the table by pair, too.
 SHOWN_BY_PAIR = ("acdc", "acdc_2", "acdc_long", "hippocampus")
 STORED = sorted(path.name for path in (ROOT / "results").iterdir())
