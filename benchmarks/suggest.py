@@ -34,7 +34,7 @@ def look_at(
     native = prepared.read_native(volume_id)
     image, _ = prepared.read_slices(prepared.volumes[volume_id].slices)
     record = metrics.volume_metrics(
-        evaluation.to_native_label(prepared, volume_id, network(image)),
+        evaluation.to_native_label(network(image), native, prepared),
         native.label,
         native.spacing_mm,
         class_names=prepared.class_names,

@@ -11,7 +11,7 @@ from lclseg import metrics
 from lclseg.class_groups import Kind
 from lclseg.components import largest_component, one_piece
 from lclseg.data import grid, nifti
-from lclseg.data.dataset import PreparedSet
+from lclseg.data.dataset import NativeVolume, PreparedSet
 from lclseg.data.preprocess import Preprocessing
 from lclseg.through_plane import smooth_across_slices
 
@@ -120,9 +120,10 @@ def predict_images(
     yield from complete()
 
 
-def to_native_label(prepared: PreparedSet, volume_id: str, probs: np.ndarray) -> np.ndarray:
-    """Probabilities [S, f H, f W, C] -> native label [X, Y, S] uint8."""
-    native = prepared.read_native(volume_id)
+def to_native_label(
+    probs: np.ndarray, native: NativeVolume, prepared: PreparedSet | Preprocessing
+) -> np.ndarray:
+    """Probabilities [S, f H, f W, C] of a volume -> its native label [X, Y, S] uint8."""
     return grid.probs_to_native_label(
         probs, native.spacing_mm, native.shape[:2], target_spacing_mm=spacing_of(probs, prepared)
     )
@@ -188,7 +189,7 @@ def evaluate(
         native = prepared.read_native(prediction.volume_id)
         if native.label is None:
             raise ValueError(f"{prediction.volume_id}: found no ground truth; wanted one")
-        label = to_native_label(prepared, prediction.volume_id, prediction.probs)
+        label = to_native_label(prediction.probs, native, prepared)
         if save_to is not None:
             path = save_to / f"{prediction.volume_id}.nii.gz"
             nifti.write_label(

@@ -243,7 +243,7 @@ def _write_volume(
     confidence = prediction.network.max(axis=-1)
     label = label_of(prediction, min_confidence=min_confidence, keep_largest=keep_largest)
     native = prepared.read_native(volume_id)
-    native_label = evaluation.to_native_label(prepared, volume_id, prediction.probs)
+    native_label = evaluation.to_native_label(prediction.probs, native, prepared)
     native_label = largest_component(native_label, keep_largest)
     path = folder / f"{volume_id}.nii.gz"
     nifti.write_label(path, native_label, native.affine, native.spacing_mm, turn=native.orientation)

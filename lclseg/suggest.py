@@ -105,7 +105,7 @@ def write_masks(
             continue
         native = prepared.read_native(volume_id)
         probs = predict_volume(network, model, prepared, volume_id).probs
-        label = evaluation.to_native_label(prepared, volume_id, probs)
+        label = evaluation.to_native_label(probs, native, prepared)
         label = largest_component(label, model.largest_component)
         nifti.write_label(
             folder / f"{volume_id}.nii.gz",

@@ -88,7 +88,7 @@ def test_volumes_come_whole(prepared, batch_size, order):
 def test_to_native_label(prepared):
     label = native_label(SHAPES["first"])
     image, _ = prepared.read_slices(prepared.volumes["first"].slices)
-    native = evaluation.to_native_label(prepared, "first", perfect(image))
+    native = evaluation.to_native_label(perfect(image), prepared.read_native("first"), prepared)
     assert native.shape == label.shape and native.dtype == np.uint8
     for k in (1, 2):
         assert 2 * ((native == k) & (label == k)).sum() > 0.95 * (
@@ -115,10 +115,10 @@ def test_a_finer_grid_lies_where_the_coarse_one_does(prepared):
     inside = np.s_[2:-2]  # at its last pixel the plane is not interpolated, but repeated
     np.testing.assert_allclose(upsampled[:, inside], plane(2 * SIZE)[:, inside], atol=1e-5)
     labels = [
-        evaluation.to_native_label(prepared, "first", np.asarray(probs))[:, 4:-4]
+        evaluation.to_native_label(np.asarray(probs), prepared.read_native("first"), prepared)
         for probs in (plane(SIZE), upsampled)
     ]
-    np.testing.assert_array_equal(*labels)
+    np.testing.assert_array_equal(*(label[:, 4:-4] for label in labels))
     assert 0 < labels[0].mean() < 1
     assert evaluation.spacing_of(upsampled, prepared) == TARGET / 2
 
