@@ -298,14 +298,24 @@ def test_sweeps_of_the_repository(path):
     assert len(steps) == 1
 
 
-@pytest.mark.parametrize("name", ["acdc", "hippocampus"])
-def test_the_row_of_the_recipe_is_the_config(name):
+@pytest.mark.parametrize(
+    ("name", "row", "method"),
+    [
+        ("acdc", "recipe", "self_training"),
+        ("acdc", "supervised, by the recipe's rules", "supervised"),
+        ("acdc", "local contrastive, by the recipe's rules", "local_contrastive"),
+        ("hippocampus", "recipe", "self_training"),
+    ],
+)
+def test_rows_of_the_recipe_are_the_config(name, row, method):
     """But for the volumes, and numbers of a kernel that has no weight."""
     path = ROOT / "configs" / "sweeps" / f"{name}.py"
     sweep = sweeps.load_sweep(path)
-    of_row = next(e.config for e in sweeps.experiments(sweep) if e.row == "recipe")
-    config = runpy.run_path(str(path.parent / runpy.run_path(str(path))["CONFIG"]))["get_config"]()
-    differing = differing_keys(to_store(config), to_store(of_row))
+    of_row = next(e.config for e in sweeps.experiments(sweep) if e.row == row)
+    get_config = runpy.run_path(str(path.parent / runpy.run_path(str(path))["CONFIG"]))[
+        "get_config"
+    ]
+    differing = differing_keys(to_store(get_config(method)), to_store(of_row))
     assert [key for key in differing if not key.startswith("data.")] == []
 
 
