@@ -120,9 +120,7 @@ def predict_images(
     yield from complete()
 
 
-def to_native_label(
-    probs: np.ndarray, native: NativeVolume, prepared: PreparedSet | Preprocessing
-) -> np.ndarray:
+def to_native_label(probs: np.ndarray, native: NativeVolume, prepared: PreparedSet) -> np.ndarray:
     """Probabilities [S, f H, f W, C] of a volume -> its native label [X, Y, S] uint8."""
     return grid.probs_to_native_label(
         probs, native.spacing_mm, native.shape[:2], target_spacing_mm=spacing_of(probs, prepared)
