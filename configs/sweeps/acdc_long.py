@@ -16,6 +16,8 @@ COMPARED = (
     "recipe, without copies and CRF",
     "recipe, without CRF",
     "recipe",
+    "supervised, by the recipe's rules",
+    "local contrastive, by the recipe's rules",
 )
 ROWS = {name: acdc["ROWS"][name] for name in COMPARED}
 ROWS["all labels"] = acdc["ROWS"]["all labels"] | {"rounds.baseline_steps": 2000}
