@@ -3,7 +3,7 @@
 Results are those of finished runs, as `results.json` has them, by (row, split, seed).
 """
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import numpy as np
 from scipy import stats
@@ -36,6 +36,16 @@ def final_dice(result: dict) -> float:
     return handed_out(last_test(result))["mean_dice"]
 
 
+def every_component_dice(result: dict) -> float:
+    """Test Dice of a run's last weights, every component counted."""
+    return last_test(result)["mean_dice"]
+
+
+def chosen_dice(result: dict) -> float:
+    """Test Dice of the checkpoint that validation chose, the largest component kept."""
+    return handed_out(result["results"][result["chosen"]]["test"])["mean_dice"]
+
+
 def runs_of(results: Results, row: str, pairs: Iterable[Pair]) -> dict[Pair, dict]:
     """The finished runs of a row, by pair."""
     return {pair: results[row, *pair] for pair in pairs if (row, *pair) in results}
@@ -63,17 +73,16 @@ def table(
             continue
         tests = [last_test(r) for r in own.values()]
         cleaned = list(map(handed_out, tests))
-        chosen = [handed_out(r["results"][r["chosen"]]["test"])["mean_dice"] for r in own.values()]
-        gains = paired_gains(results, row, reference)
+        gains = list(paired_gains(results, row, reference).values())
         distances = [[t["mean_hausdorff95_mm"] for t in some] for some in (tests, cleaned)]
         stages = [list(r["results"].values()) for r in own.values()]
         cells = [
             row,
             str(len(own)),
-            _interval([t["mean_dice"] for t in tests]),
-            _interval([t["mean_dice"] for t in cleaned]),
+            _interval(list(map(every_component_dice, own.values()))),
+            _interval(list(map(final_dice, own.values()))),
             _interval(gains, "+") if gains and row != reference else "",
-            _interval(chosen),
+            _interval(list(map(chosen_dice, own.values()))),
             *(f"{np.mean([t['dice_per_class'][c] for t in cleaned]):.3f}" for c in classes),
             *(f"{np.mean(some):.1f}" for some in distances),
             f"{np.mean([sum(s['seconds']['train'] for s in each) for each in stages]):.0f}",
@@ -88,19 +97,39 @@ def by_pair(
 ) -> tuple[list[str], list[list[str]]]:
     """The head and the cells of a table of `final_dice`, a line per row, a column per pair.
 
-    A pair is named by its split, and by its seed as well where splits repeat. Pairs that no row has
-    run are left out.
+    Pairs that no row has run are left out.
     """
-    pairs = [pair for pair in pairs if any(key[1:] == pair for key in results)]
-    splits = [split for split, _ in pairs]
-    repeat = len(set(splits)) < len(splits)
-    head = ["row", *(f"{split}, seed {seed}" if repeat else split for split, seed in pairs)]
+    pairs = _have_run(pairs, results)
+    head = ["row", *_names(pairs)]
     lines = []
     for row in rows:
         own = runs_of(results, row, pairs)
         if own:
             dices = [f"{final_dice(own[pair]):.3f}" if pair in own else "" for pair in pairs]
             lines.append([row, *dices])
+    return head, lines
+
+
+def gains_by_pair(
+    rows: Collection[str], pairs: Sequence[Pair], results: Results, reference: str
+) -> tuple[list[str], list[list[str]]]:
+    """The head and the cells of a table of gains over the row `reference`, a column per pair.
+
+    After `final_dice` by pair come the means, with their 95 % intervals, of its gains and of those
+    of `every_component_dice` and `chosen_dice`. Rows without a pair in common are left out.
+    """
+    pairs = _have_run(pairs, results)
+    head = [f"gain over {reference}", *_names(pairs)]
+    head += ["mean", "every component counted", "chosen"]
+    lines = []
+    for row in rows:
+        gains = paired_gains(results, row, reference)
+        if row != reference and gains:
+            cells = [f"{gains[pair]:+.3f}" if pair in gains else "" for pair in pairs]
+            for dice in (final_dice, every_component_dice, chosen_dice):
+                values = paired_gains(results, row, reference, dice).values()
+                cells.append(_interval(list(values), "+"))
+            lines.append([row, *cells])
     return head, lines
 
 
@@ -122,27 +151,45 @@ def by_stage(
 
 
 def markdown(rows: Collection[str], pairs: Sequence[Pair], results: Results, reference: str) -> str:
-    """The three tables in Markdown, an empty line between them.
+    """The four tables in Markdown, an empty line between them.
 
-    Gains of the first are over the row `reference`.
+    Gains are over the row `reference`.
     """
     if not results:
         return "no finished run yet"
-    tables = [table(rows, pairs, results, reference)]
-    tables += [make(rows, pairs, results) for make in (by_pair, by_stage)]
+    tables = [
+        table(rows, pairs, results, reference),
+        by_pair(rows, pairs, results),
+        gains_by_pair(rows, pairs, results, reference),
+        by_stage(rows, pairs, results),
+    ]
     return "\n\n".join(
         "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *lines))
         for head, lines in tables
     )
 
 
-def paired_gains(results: Results, row: str, reference: str) -> list[float]:
-    """By pair (split, seed) that both rows have: by how much a row's `final_dice` is higher."""
-    return [
-        final_dice(result) - final_dice(results[reference, split, seed])
+def paired_gains(
+    results: Results, row: str, reference: str, dice: Callable[[dict], float] = final_dice
+) -> dict[Pair, float]:
+    """By how much a row's Dice is higher, by pair (split, seed) that both rows have."""
+    return {
+        (split, seed): dice(result) - dice(results[reference, split, seed])
         for (name, split, seed), result in results.items()
         if name == row and (reference, split, seed) in results
-    ]
+    }
+
+
+def _have_run(pairs: Iterable[Pair], results: Results) -> list[Pair]:
+    """The pairs that any row has run."""
+    return [pair for pair in pairs if any(key[1:] == pair for key in results)]
+
+
+def _names(pairs: Sequence[Pair]) -> list[str]:
+    """What pairs are called: by the split, and by the seed as well where splits repeat."""
+    splits = [split for split, _ in pairs]
+    repeat = len(set(splits)) < len(splits)
+    return [f"{split}, seed {seed}" if repeat else split for split, seed in pairs]
 
 
 def _interval(values: Sequence[float], sign: str = "") -> str:

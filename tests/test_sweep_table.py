@@ -24,7 +24,7 @@ def test_mean_and_interval_by_hand():
 
 def test_tables_by_hand():
     text = sweep_table.markdown(ROWS, PAIRS, RESULTS, "supervised")
-    means, by_pair, by_stage = (table.splitlines() for table in text.split("\n\n"))
+    means, by_pair, gains, by_stage = (table.splitlines() for table in text.split("\n\n"))
     assert means[0] == (
         "| row | runs | last weights | largest component | gain over supervised | chosen | RV | LV "
         "| HD95 | HD95, largest component | seconds | 1000 slices |"
@@ -44,6 +44,12 @@ def test_tables_by_hand():
         "| supervised | 0.720 | 0.820 |",
         "| inter, 3 anchors | 0.770 | 0.890 |",
         "| every pixel |  | 0.920 |",
+    ]
+    assert gains == [
+        "| gain over supervised | c1 | c2 | mean | every component counted | chosen |",
+        "| --- | --- | --- | --- | --- | --- |",
+        "| inter, 3 anchors | +0.050 | +0.070 | +0.060 ± 0.127 | +0.060 ± 0.127 | -0.075 ± 1.588 |",
+        "| every pixel |  | +0.100 | +0.100 | +0.100 | -0.200 |",
     ]
     assert by_stage[0].startswith("| row | split | seed | last weights, largest component, by ")
     assert by_stage[4] == "| inter, 3 anchors | c1 | 0 | 0.620 -> 0.770 | round_1 |"
