@@ -1,8 +1,8 @@
 """Results of runs as a sweep stores them, made up."""
 
 
-def fake_result(*dices, chosen="baseline"):
-    """One test Dice per stage; with the largest component 0.02 more, of the chosen weights less."""
+def fake_result(*dices, chosen="baseline", component=0.02):
+    """One test Dice per stage; with the largest component more, of the chosen weights less."""
     names = ["baseline", *(f"round_{n}" for n in range(1, len(dices)))]
 
     def scores(dice):
@@ -15,7 +15,7 @@ def fake_result(*dices, chosen="baseline"):
     stages = {
         name: {
             "test": scores(dice - 0.05),
-            "test_last": scores(dice) | {"largest_component": scores(dice + 0.02)},
+            "test_last": scores(dice) | {"largest_component": scores(dice + component)},
             "seconds": {"train": 60.0, "validate": 7.0},
             "slices": 2000,
         }
