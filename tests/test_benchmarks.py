@@ -8,6 +8,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+from sweep_results import fake_result
 
 from benchmarks import accelerator, grid_limit, test_time
 
@@ -56,6 +57,21 @@ def test_a_grid_costs_what_its_pixels_are_too_coarse_for():
     label[:] = 0
     label[2:4, 2:4] = 1
     assert dice(3, 2.0) == pytest.approx(2 * 1 / (1 + 4))
+
+
+def test_chosen_weights_are_compared_with_the_last_over_all_sweeps(tmp_path):
+    # Of the first stage, which is chosen, the fake has 0.05 less, of the last weights 0.02 more.
+    sweeps = {"one": (0.70, 0.74), "two": (0.80, 0.68), "three": (0.755, 0.68)}
+    for sweep, dices in sweeps.items():
+        path = tmp_path / sweep / "row" / "c1_seed0.json"
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps(fake_result(*dices, chosen="baseline")))
+    # -0.11, 0.05 and 0.005: their standard deviation is 0.0825, and that over the root of 3 is
+    # the error.
+    assert run("benchmarks.chosen_or_last", "--results", tmp_path) == (
+        "3 runs: the chosen weights have -0.0183, standard error 0.0476; "
+        "more than 0.01 better in 1, more than 0.01 worse in 1\n"
+    )
 
 
 def test_a_folder_is_measured_whatever_its_label_values(tmp_path):
