@@ -38,6 +38,7 @@ BASE = {
     **sweep["NO_CRF"],
 }
 TURNED = {"augment.strong_rotation_degrees": 90.0}
+CONTRASTIVE = {"method": "local_contrastive"} | TURNED | sweep["TURNED_COPIES"]
 
 ROWS = {
     "supervised": {"method": "supervised"},
@@ -75,7 +76,21 @@ ROWS = {
         self_training(0.5) | TURNED | sweep["TURNED_COPIES"]
     ),
     # Moved views of slices that show a structure, changed less in intensity, nothing pasted.
-    "local contrastive, 90 degrees, test-time augmentation": (
-        {"method": "local_contrastive"} | TURNED | sweep["TURNED_COPIES"]
-    ),
+    "local contrastive, 90 degrees, test-time augmentation": CONTRASTIVE,
+    # How much the contrastive term counts, 0.02 above, and which class means it sees.
+    **{
+        f"local contrastive, 90 degrees, test-time augmentation, {name}": CONTRASTIVE | values
+        for name, values in (
+            ("weight 0", {"method.contrastive_weight": 0.0}),
+            ("weight 0.1", {"method.contrastive_weight": 0.1}),
+            (
+                "weight 0.1, background, means of the batch",
+                {
+                    "method.contrastive_weight": 0.1,
+                    "method.include_background": True,
+                    "method.matching": "batch",
+                },
+            ),
+        )
+    },
 }
