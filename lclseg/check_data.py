@@ -14,7 +14,7 @@ from absl import app, flags
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from lclseg.data import own_data, preprocess
+from lclseg.data import mask_checks, own_data, preprocess
 from lclseg.data.layouts import Files, find_files
 from lclseg.data.nifti import VolumeError
 from lclseg.data.preprocess import Preprocessing
@@ -62,10 +62,10 @@ def check_folder(folder: Path, num_classes: int | None = None) -> Report:
         problems += [p for p in found if p not in problems]
         for value in values:
             shown[value].append(case.case_id)
-    if not problems and (empty := own_data.empty_test(whole.data)):
+    if not problems and (empty := mask_checks.empty_test(whole.data)):
         problems.append(str(empty))
     if not problems:
-        unseen = own_data.unseen_values(whole.data, shown)
+        unseen = mask_checks.unseen_values(whole.data, shown)
         proposal = "\n".join([proposal, *(f"  WARNING: {w}" for w in unseen)])
     return Report(tuple(problems), "" if problems else proposal)
 

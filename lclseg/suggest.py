@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from lclseg import evaluation, model_files, predict, quality_gate
 from lclseg.components import largest_component
 from lclseg.cores import usable_cores
-from lclseg.data import nifti, own_data
+from lclseg.data import case_files, nifti
 from lclseg.data.dataset import PreparedSet
 from lclseg.data.layouts import Files
 from lclseg.errors import in_words
@@ -51,10 +51,10 @@ def look(
 def find_images(config: dict) -> dict[str, Files]:
     """Files of own data by volume id; {} of other data sets, or where they are gone."""
     data = ConfigDict(config["data"])
-    if data.name != own_data.NAME:
+    if data.name != case_files.NAME:
         return {}
     try:
-        cases = own_data.find_cases(Path(data.manual_dir).expanduser(), data.get("exclude", ()))
+        cases = case_files.find_cases(Path(data.manual_dir).expanduser(), data.get("exclude", ()))
     except nifti.VolumeError:
         return {}
     return {case.case_id: case._replace(label=None) for case in cases}

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from lclseg import steps
-from lclseg.data import own_data
+from lclseg.data import case_files
 from lclseg.data.batches import Pool, sampler
 from lclseg.methods.base import method_of
 from lclseg.models import Net, UNet
@@ -27,7 +27,7 @@ CASES = [(name, "local_contrastive") for name in NAMES] + [("phantom", name) for
 def open_config(name, method):
     """(config, number of classes); of own data with a grid and classes as they may be proposed."""
     config = runpy.run_path(str(CONFIGS / f"{name}.py"))["get_config"](method)
-    if config.data.name == own_data.NAME:
+    if config.data.name == case_files.NAME:
         config.data.image_size, config.data.target_spacing_mm = 96, 1.5
         return config, 4
     module = f"tfds_builders.{config.data.name}.{config.data.name}_dataset_builder"

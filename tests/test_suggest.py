@@ -17,7 +17,7 @@ from scipy import ndimage
 
 from lclseg import model_files, predict, quality_gate, suggest, train
 from lclseg.crf import upsampled_dense_crf
-from lclseg.data import own_data
+from lclseg.data import own_data, roles
 from lclseg.data.splits import SplitError
 from lclseg.errors import ConfigError
 from lclseg.evaluation import VolumePrediction
@@ -310,10 +310,10 @@ NONE_GIVEN = dict.fromkeys(("labeled", "unlabeled", "validation", "test"), ())
 def test_roles_are_kept(tmp_path):
     """d had a mask before and learnt nothing; e has got one since."""
     source = write_source(tmp_path / "run")
-    kept, notes = own_data.keep_roles(source, set("abcde"), NONE_GIVEN, -1)
+    kept, notes = roles.keep_roles(source, set("abcde"), NONE_GIVEN, -1)
     assert kept == NONE_GIVEN | {"labeled": ("a", "e"), "validation": ("b",), "test": ("c",)}
     assert notes == [f"roles as in {source}; 1 new masks to learn from: e"]
-    kept, _ = own_data.keep_roles(source, set("abcde"), NONE_GIVEN | {"labeled": ("d",)}, 0)
+    kept, _ = roles.keep_roles(source, set("abcde"), NONE_GIVEN | {"labeled": ("d",)}, 0)
     assert kept == NONE_GIVEN | {"labeled": ("d",), "test": ("c",)}
     for other in (
         write_source(tmp_path / "set", name="acdc"),
@@ -321,7 +321,7 @@ def test_roles_are_kept(tmp_path):
         str(tmp_path / "nothing"),
         "",
     ):
-        assert own_data.keep_roles(other, set("abcde"), NONE_GIVEN, -1) == (NONE_GIVEN, [])
+        assert roles.keep_roles(other, set("abcde"), NONE_GIVEN, -1) == (NONE_GIVEN, [])
 
 
 def test_roles_of_an_older_run(tmp_path):
@@ -330,7 +330,7 @@ def test_roles_of_an_older_run(tmp_path):
     del content["data"]["with_mask"]
     path.write_text(json.dumps(content))
     with pytest.raises(SplitError, match=r"config\.json does not tell which cases had a mask"):
-        own_data.keep_roles(str(path.parent), set("abcde"), NONE_GIVEN, -1)
+        roles.keep_roles(str(path.parent), set("abcde"), NONE_GIVEN, -1)
 
 
 @pytest.mark.parametrize(

@@ -4,12 +4,12 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from lclseg.data import own_data
+from lclseg.data import case_files, own_data
 
 
 def options_of(data: ConfigDict) -> dict[str, Any]:
     """`options` of `open_builder` and `open_prepared`, from `config.data`; {} for most sets."""
-    if data.name == own_data.NAME:
+    if data.name == case_files.NAME:
         return own_data.builder_options(data)
     if "frames" in data:  # ACDC
         return {"both_frames": data.frames != "end_diastolic"}

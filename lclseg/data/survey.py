@@ -195,3 +195,8 @@ def _together(warnings: Sequence[str]) -> list[str]:
 def _named(surveys: Sequence[Survey]) -> str:
     some = ", ".join(s.case_id for s in surveys[:NAMED])
     return some + (f" and {len(surveys) - NAMED} others" if len(surveys) > NAMED else "")
+
+
+def voxels_in(s: Survey, value: int) -> str:
+    """How many voxels of a value a mask has, in words, with its path."""
+    return f"{s.voxels[value]} voxel{'s' * (s.voxels[value] > 1)} of {s.files.label}"

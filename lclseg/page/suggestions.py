@@ -9,7 +9,7 @@ import numpy as np
 
 from lclseg.class_groups import Kind
 from lclseg.components import largest_component
-from lclseg.data import grid, own_data
+from lclseg.data import case_files, grid
 from lclseg.data.dataset import PreparedSet
 from lclseg.evaluation import VolumePrediction
 from lclseg.page import figures, pictures
@@ -114,7 +114,7 @@ def _how(config: dict, about: dict, chosen: Sequence[Suggestion]) -> Iterator[st
     image = next((s.image for s in chosen if s.image), "IMAGE")
     mask = chosen[0].mask if chosen else "MASK"
     yield f"<pre>{text(shlex.join(['itksnap', '-g', image, '-s', mask]))}</pre>"
-    if data["name"] != own_data.NAME:
+    if data["name"] != case_files.NAME:
         yield note(
             f"The masks of {data['name']} hold class numbers, as all that a run writes; a data set "
             "of a builder takes no masks from outside."

@@ -6,7 +6,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from lclseg.data import own_data
+from lclseg.data import case_files
 from lclseg.data.layouts import MAX_CHANNELS
 from lclseg.data.splits import choose_lists
 from lclseg.errors import ConfigError, UserError
@@ -140,7 +140,7 @@ OWN_DATA_RULES: dict[str, Rule] = {
 }
 # Of single data sets.
 SET_RULES: dict[str, dict[str, Rule]] = {
-    own_data.NAME: OWN_DATA_RULES,
+    case_files.NAME: OWN_DATA_RULES,
     "acdc": {"data.frames": one_of("end_diastolic", "both", "both_in_pool")},
 }
 OPEN = {"data.image_size": 0, "data.target_spacing_mm": 0}
@@ -206,7 +206,7 @@ def _wrong_values(config: ConfigDict) -> Iterator[tuple[str, str]]:
     rules, no_method = _rules_of(values)
     if no_method:
         yield "method.", no_method
-    is_open = OPEN if values.get("data.name") == own_data.NAME else {}
+    is_open = OPEN if values.get("data.name") == case_files.NAME else {}
     for key, rule in rules.items():
         if key not in values:
             yield key, f"{key} is missing; wanted {rule.wanted}, see configs/default.py"
@@ -267,7 +267,7 @@ def _misfits(config: ConfigDict, num_devices: int, wrong: Collection[str]) -> It
                 "predictions.crf is False; wanted 1, or predictions.crf=True"
             )
     # Own data's lists are drawn, see `own_data.complete`.
-    if right("data.") and config.data.name != own_data.NAME:
+    if right("data.") and config.data.name != case_files.NAME:
         try:
             choose_lists(config.data)
         except UserError as error:

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from lclseg import steps
 from lclseg.class_groups import Kind, names_of
 from lclseg.cores import usable_cores
-from lclseg.data import own_data, preprocess
+from lclseg.data import case_files, own_data, preprocess
 from lclseg.data.builder_options import options_of
 from lclseg.data.dataset import PreparedSet, open_builder, open_prepared, preprocessing_of
 from lclseg.data.splits import Split, resolve_split
@@ -126,7 +126,7 @@ def open_data(config: ConfigDict) -> tuple[PreparedSet, Split]:
     with multihost.first_goes_first():
         prepared = open_prepared(config.data.name, manual_dir=config.data.manual_dir, **grid)
     # Own data may be a mask to learn from, one to choose the checkpoint by, and no more.
-    own = config.data.name == own_data.NAME
+    own = config.data.name == case_files.NAME
     split = resolve_split(config.data, prepared.volumes, may_lack_test=own)
     pool = sum(len(prepared.volumes[v].slices) for v in split.unlabeled)
     if config.rounds.num_rounds and pool < MIN_POOL:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import tensorflow_datasets as tfds
 
-from lclseg.data import nifti, own_data, preprocess
+from lclseg.data import case_files, nifti, preprocess
 from lclseg.data.dataset import preprocessing_of
 from lclseg.data.layouts import Files
 from lclseg.data.patients import patients_of
@@ -23,7 +23,7 @@ class FolderConfig(slices.GridConfig):
     """Grid, and what is learnt from the folder.
 
     Attributes:
-      folder_digest: see `own_data.folder_digest`.
+      folder_digest: see `case_files.folder_digest`.
       label_values: of the foreground classes 1, 2, ...; other values of a mask are background.
       class_names: likewise.
       orientation: of the volumes, their slices last; see `lclseg.data.orientation`.
@@ -106,8 +106,8 @@ class Builder(tfds.core.GeneratorBasedBuilder):
 
     def _generate_examples(self, folder: Path):
         config = self.builder_config
-        files = own_data.find_cases(folder, config.exclude)
-        if own_data.folder_digest(folder, files) != config.folder_digest:
+        files = case_files.find_cases(folder, config.exclude)
+        if case_files.folder_digest(folder, files) != config.folder_digest:
             raise nifti.VolumeError(
                 f"{folder}: files have changed since the run looked at them; start it again"
             )
