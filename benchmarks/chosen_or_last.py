@@ -19,7 +19,7 @@ MUCH = 0.01  # Dice
 
 
 def summary(differences: Sequence[float]) -> str:
-    """Describe differences of Dice: their mean, its standard error, and how many are large."""
+    """Describes differences of Dice: their mean, its standard error, and how many are large."""
     some = np.asarray(differences)
     error = some.std(ddof=1) / np.sqrt(some.size)
     better, worse = (int((sign * some > MUCH).sum()) for sign in (1, -1))

@@ -443,7 +443,7 @@ def gaussian_blur(image, sigma, *, radius=4):
 
 
 def low_resolution(image, zoom):
-    """[H, W] as if one pixel had covered `zoom` x `zoom` of its pixels, `zoom` at least 1."""
+    """Blurs [H, W] as if one pixel had covered `zoom` x `zoom` of its pixels, `zoom` at least 1."""
     rows, columns = (
         jnp.clip((jnp.floor(jnp.arange(n) / zoom) + 0.5) * zoom - 0.5, 0, n - 1)
         for n in image.shape

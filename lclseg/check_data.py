@@ -71,7 +71,7 @@ def check_folder(folder: Path, num_classes: int | None = None) -> Report:
 
 
 def look_at_case(case: Files, num_classes: int | None = None) -> tuple[list[str], list[int]]:
-    """The problems of an image and its label, a line each; and the values of the label, but 0."""
+    """Finds the problems of an image and its label, a line each, and the label's values but 0."""
     how = Preprocessing((), (), False, 1, 1.0, 0, None, channels=case.numbers)
     try:
         _, found = preprocess.read_case(case, how)

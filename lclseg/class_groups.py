@@ -6,17 +6,17 @@ Kind = int | tuple[int, ...]  # a foreground class, or several taken together
 
 
 def members_of(kind: Kind) -> tuple[int, ...]:
-    """The classes of a tuple, or the one class."""
+    """Lists the classes of a tuple, or the one class."""
     return kind if isinstance(kind, tuple) else (kind,)
 
 
 def names_of(classes: Sequence[Kind], class_names: Sequence[str]) -> list[str]:
-    """Their names; of several taken together joined: (1, (1, 2)) -> "RV", "RV + MYO"."""
+    """Names classes; joins names of several taken together: (1, (1, 2)) -> "RV", "RV + MYO"."""
     return [" + ".join(class_names[k - 1] for k in members_of(kind)) for kind in classes]
 
 
 def classes_of(names: Sequence[str], class_names: Sequence[str]) -> tuple[Kind, ...]:
-    """The reverse of `names_of`; raises ValueError for a name that is none of a class."""
+    """Reverses `names_of`; raises ValueError for a name that is none of a class."""
     number = {name: k for k, name in enumerate(class_names, start=1)}
     found: list[Kind] = []
     for name in names:

@@ -11,7 +11,7 @@ STRAY = 0.01  # share of a class that may lie apart, as specks of a mask, and it
 
 
 def one_piece(labels: Iterable[np.ndarray], classes: Sequence[Kind]) -> tuple[Kind, ...]:
-    """Those of some classes that are one piece in each label that shows them, and in one at least.
+    """Finds the classes that are one piece in each label that shows them, and in one at least.
 
     Specks do not count: the largest component holds all but 1 % of the class.
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 def largest_component_2d(
     label: jax.Array, num_classes: int, *, num_iterations: int = 24
 ) -> jax.Array:
-    """What `components.largest_component` does to one slice, for use within jit.
+    """Does to one slice what `components.largest_component` does, for use within jit.
 
     Each pixel points at a pixel of its own component, itself at first. An iteration moves every
     pointer to the pointer of its target, and joins what touches by the lower number: distances

@@ -21,7 +21,7 @@ def _convolution(x: Array, kernel: Array) -> Array:
 
 @jax.custom_vjp
 def conv(x: Array, kernel: Array) -> Array:
-    """Convolution with "SAME" padding: [B, H, W, F] and [K, K, F, G], of one dtype -> [B, H, W, G].
+    """Convolves, "SAME" padding: [B, H, W, F] and [K, K, F, G], of one dtype -> [B, H, W, G].
 
     XLA computes a kernel's gradient as a convolution with an image-sized window. On CPUs it copies
     whole batches into another order for it, and at 192 px took a third of the step; there, and only
@@ -58,7 +58,7 @@ def kernel_gradient(x: Array, dy: Array, *, kernel_size: int) -> Array:
 
 
 def blocked_kernel_gradient(x: Array, dy: Array, *, kernel_size: int) -> Array:
-    """Gradient of the sum of dy * conv(x, kernel) by the kernel.
+    """Computes the gradient of the sum of dy * conv(x, kernel) by the kernel.
 
     Args:
       x: [B, H, W, F].

@@ -40,7 +40,7 @@ class VolumePrediction(NamedTuple):
     probs: np.ndarray
 
     def label(self) -> np.ndarray:
-        """The most probable class of each pixel of the training grid, [S, H, W].
+        """Chooses the most probable class of each pixel of the training grid, [S, H, W].
 
         Of a finer grid each f-th pixel lies on one of the training grid, the middle on the middle.
         """
@@ -52,7 +52,7 @@ class VolumePrediction(NamedTuple):
 def refiner(
     through_plane_sigma: float, crf: Callable[[np.ndarray, np.ndarray], np.ndarray] | None
 ) -> Refine | None:
-    """What refines a volume's probabilities; None where nothing does.
+    """Makes what refines a volume's probabilities; None where nothing does.
 
     They are smoothed across slices by `through_plane_sigma`, mm, see `through_plane`; then comes
     `crf`, which maps slices [M, H, W] and probabilities [M, H, W, C] to refined ones, maybe on a
@@ -121,19 +121,19 @@ def predict_images(
 
 
 def to_native_label(probs: np.ndarray, native: NativeVolume, prepared: PreparedSet) -> np.ndarray:
-    """Probabilities [S, f H, f W, C] of a volume -> its native label [X, Y, S] uint8."""
+    """Maps probabilities [S, f H, f W, C] of a volume to its native label [X, Y, S] uint8."""
     return grid.probs_to_native_label(
         probs, native.spacing_mm, native.shape[:2], target_spacing_mm=spacing_of(probs, prepared)
     )
 
 
 def spacing_of(probs: np.ndarray, prepared: PreparedSet | Preprocessing) -> float:
-    """In-plane spacing, mm, of the grid of probabilities [S, f H, f W, C], whatever f is."""
+    """Computes in-plane spacing, mm, of a grid of probabilities [S, f H, f W, C], whatever f is."""
     return prepared.target_spacing_mm * (prepared.image_size / probs.shape[1])
 
 
 def classes_in_one_piece(prepared: PreparedSet, volume_ids: Sequence[str]) -> tuple[Kind, ...]:
-    """What is one piece in the masks of all these volumes; see `one_piece`.
+    """Finds what is one piece in the masks of all these volumes; see `one_piece`.
 
     All classes together, first, where there are several; then each class.
     """
@@ -144,7 +144,7 @@ def classes_in_one_piece(prepared: PreparedSet, volume_ids: Sequence[str]) -> tu
 
 
 def without_ignored(label: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Both with background wherever the truth is not known, so that nothing there counts."""
+    """Puts background in both wherever the truth is not known, so that nothing there counts."""
     ignored = truth == nifti.IGNORED
     return np.where(ignored, 0, label), np.where(ignored, 0, truth)
 
@@ -161,7 +161,7 @@ def evaluate(
     one_piece: Sequence[Kind] = (),
     on_prediction: Callable[[VolumePrediction], None] = lambda prediction: None,
 ) -> dict:
-    """3-D metrics of labelled volumes in native geometry; see `metrics.summarize`.
+    """Computes 3-D metrics of labelled volumes in native geometry; see `metrics.summarize`.
 
     Args:
       predict: slices -> class probabilities.

@@ -244,7 +244,7 @@ def _array_header(file) -> tuple[tuple[int, ...], np.dtype]:
 
 
 def model_card(model: TrainedModel) -> str:
-    """README.md of an exported model."""
+    """Makes the text of README.md of an exported model."""
     how, facts, test = model.preprocessing, model.facts, model.facts["test"]
     counts = facts["num_volumes"]
     if counts is None:

@@ -38,12 +38,12 @@ class StoredLabels:
         return self.folder / f"refreshed_{number:07d}.npz"
 
     def newest(self, done: int) -> int:
-        """The last step up to `done` at which labels were made; 0 where there is none."""
+        """Finds the last step up to `done` at which labels were made; 0 where there is none."""
         numbers = [int(p.stem.rpartition("_")[2]) for p in self.folder.glob("refreshed_*.npz")]
         return multihost.json_from_first(max([n for n in numbers if n <= done], default=0))
 
     def read(self, number: int) -> np.ndarray:
-        """[n, H, W] uint8."""
+        """Reads labels, [n, H, W] uint8."""
         multihost.file_from_first(self.path(number))
         with np.load(self.path(number), allow_pickle=False) as content:
             return content["labels"]
@@ -78,7 +78,7 @@ def draw_volumes(rng: np.random.Generator, num_slices: Mapping[str, int], wanted
 
 
 def predict_labels(run: Run, replicated, volume_ids: Sequence[str]) -> np.ndarray:
-    """Labels [n, H, W] uint8 of volumes, in the order of their records, by a state.
+    """Predicts labels [n, H, W] uint8 of volumes, in the order of their records, by a state.
 
     As for a round: smoothed across slices, refined by the CRF, the largest component kept,
     uncertain pixels `IGNORE`, each as the config has it. The state is a copy per device.
@@ -115,7 +115,7 @@ def predict_labels(run: Run, replicated, volume_ids: Sequence[str]) -> np.ndarra
 def refresher(
     run: Run, stage: Stage, pseudo_labels: PseudoLabels, done: int
 ) -> tuple[PseudoLabels, int, Callable[..., PseudoLabels]]:
-    """The labels that a stage goes on with after step `done`, and what makes them anew.
+    """Gives the labels that a stage goes on with after step `done`, and what makes them anew.
 
     Of a large pool a part: volumes with `rounds.refresh_slices` slices, drawn each time, which
     alone are learnt from until the next time. So the time that it takes does not grow with the

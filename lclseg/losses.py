@@ -38,7 +38,7 @@ def _known_probs(logits: Array, labels: Array) -> Array:
 def dice_loss(
     logits: Array, labels: Array, *, include_background: bool = True, epsilon: float = 1e-5
 ) -> Array:
-    """Soft Dice loss of each image, averaged over classes.
+    """Computes the soft Dice loss of each image, averaged over classes.
 
     loss_b = 1 - mean_c (2 sum_i p_ic g_ic + epsilon) / (sum_i p_ic + sum_i g_ic + epsilon)
 
@@ -65,7 +65,7 @@ def dice_loss(
 
 
 def cross_entropy_loss(logits: Array, labels: Array, *, class_weights: Array) -> Array:
-    """Weighted pixel-wise cross-entropy of each image: mean_i -w[y_i] log softmax(logits_i)[y_i].
+    """Computes weighted cross-entropy of each image: mean_i -w[y_i] log softmax(logits_i)[y_i].
 
     The mean runs over the counted pixels: its divisor is their *number*, whatever their weights.
     So the weights are factors of the loss, and equal ones of 2 double it.
@@ -98,7 +98,7 @@ def cross_entropy_loss(logits: Array, labels: Array, *, class_weights: Array) ->
 def batch_dice_loss(
     logits: Array, labels: Array, *, epsilon: float = 1e-5, axis_name: str | None = None
 ) -> Array:
-    """Soft Dice loss of the whole batch taken as one image, background included.
+    """Computes the soft Dice loss of the whole batch taken as one image, background included.
 
     loss = 1 - mean_c (2 sum_bi p_bic g_bic + epsilon) / (sum_bi p_bic + sum_bi g_bic + epsilon)
 
@@ -136,7 +136,7 @@ def _unit(vectors: Array) -> Array:
 
 
 def class_means(embeddings: Array, labels: Array, *, num_classes: int) -> tuple[Array, Array]:
-    """Mean embedding m_k(x) of each class k of an image, not normalised before averaging.
+    """Computes mean embedding m_k(x) of each class k of an image, not normalised before averaging.
 
     Args:
       embeddings: [H, W, E] float.
@@ -247,7 +247,7 @@ def local_contrastive_loss(
     include_background: bool = False,
     axis_name: str | tuple[str, ...] | None = None,
 ) -> Array:
-    """Local contrastive loss of one image pair (x, x'), arXiv:2112.09645 section 3.
+    """Computes the local contrastive loss of one image pair (x, x'), arXiv:2112.09645 section 3.
 
     With s(a, b) = cosine(a, b) / temperature, m_k(x) the mean embedding of class k in x, and an
     anchor z_i of class c in image x:

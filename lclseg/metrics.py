@@ -29,7 +29,7 @@ class ClassMetrics(NamedTuple):
 
 
 def dice(prediction: np.ndarray, truth: np.ndarray) -> float:
-    """Dice coefficient 2 |P & T| / (|P| + |T|) in [0, 1]; nan when both masks are empty.
+    """Computes the Dice coefficient 2 |P & T| / (|P| + |T|) in [0, 1]; nan where both are empty.
 
     prediction, truth: boolean masks of one shape. Raises ValueError for other dtypes, since `&` on
     label maps would silently mix their bits, and for unequal shapes.
@@ -46,7 +46,7 @@ def dice(prediction: np.ndarray, truth: np.ndarray) -> float:
 def surface_distances_mm(
     prediction: np.ndarray, truth: np.ndarray, spacing_mm: Sequence[float]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Distance of every surface voxel of one mask to the nearest surface voxel of the other.
+    """Computes the distance of every surface voxel of one mask to the other's nearest.
 
     The surface of a mask is the mask minus its erosion by the face neighbours (6 in 3-D), and what
     lies outside the volume is background. Distances are between voxel centres.
@@ -76,7 +76,7 @@ def surface_distances_mm(
 
 
 def hausdorff95_mm(prediction: np.ndarray, truth: np.ndarray, spacing_mm: Sequence[float]) -> float:
-    """95th-percentile Hausdorff distance: the larger of the two directed 95th percentiles, in mm.
+    """Computes the 95th-percentile Hausdorff distance, mm: the larger of the two directed ones.
 
     As in DeepMind's surface-distance and in MONAI; the percentile interpolates linearly between
     surface voxels, each counting the same (MONAI; surface-distance weighs them by area). MedPy
@@ -87,7 +87,7 @@ def hausdorff95_mm(prediction: np.ndarray, truth: np.ndarray, spacing_mm: Sequen
 
 
 def assd_mm(prediction: np.ndarray, truth: np.ndarray, spacing_mm: Sequence[float]) -> float:
-    """Average symmetric surface distance: the mean over the surface voxels of both masks, in mm.
+    """Computes the average symmetric surface distance, mm: over surface voxels of both masks.
 
     (sum of d(p, T) over p + sum of d(t, P) over t) / (number of p + number of t), as in Heimann et
     al., IEEE TMI 28(8), 2009. MedPy averages the two directed means instead.
@@ -103,7 +103,7 @@ def class_metrics(
     *,
     with_distances: bool = True,
 ) -> ClassMetrics:
-    """All metrics of one class in one volume, empty masks included (rule: head of this module).
+    """Computes all metrics of a class in a volume, empty masks included (rule: head of module).
 
     prediction, truth: boolean masks of one shape; spacing_mm: one entry per axis. Without
     `with_distances` both distances are nan, which saves nearly all of the time.
@@ -124,7 +124,7 @@ def class_metrics(
 
 
 def mean_foreground_dice(label: np.ndarray, other: np.ndarray, num_classes: int) -> float | None:
-    """Mean Dice of two label maps of one shape over the foreground classes that either shows.
+    """Computes the mean Dice of two label maps over the foreground classes that either shows.
 
     None where that is no class at all: then there is nothing to compare, and what that means (as
     good as it can be, or nothing to trust) is for the caller to say.
@@ -141,7 +141,7 @@ def volume_metrics(
     class_names: Sequence[str],
     with_distances: bool = True,
 ) -> dict[str, Any]:
-    """JSON-ready record of one volume: each measure per class, and its mean over the classes.
+    """Records one volume, for JSON: each measure per class, and its mean over the classes.
 
     prediction, truth: integer label maps of one 3-D shape, 0 is background and label k + 1 is
     class_names[k]. spacing_mm: three entries.
@@ -172,7 +172,7 @@ def volume_metrics(
 def summarize(
     records: Mapping[str, Mapping[str, Any]], *, class_names: Sequence[str]
 ) -> dict[str, Any]:
-    """JSON-ready means over volumes of what `volume_metrics` gave, which stays below them.
+    """Averages over volumes what `volume_metrics` gave, which stays below the means; for JSON.
 
     records: volume_id -> record, all with or all without distances.
     Keys: "mean_dice", "mean_hausdorff95_mm", "mean_assd_mm", the mean over volumes of the mean over

@@ -14,7 +14,7 @@ Array = jax.Array
 
 
 def box_mask(top: Array, left: Array, height: Array, width: Array, shape: tuple[int, int]) -> Array:
-    """[H, W] bool, True but for a box of pixels rows [top, top + height), columns likewise."""
+    """Makes [H, W] bool, True but for pixels of rows [top, top + height), columns likewise."""
     rows, columns = jnp.arange(shape[0])[:, None], jnp.arange(shape[1])[None, :]
     inside_rows = (rows >= top) & (rows < top + height)
     inside_columns = (columns >= left) & (columns < left + width)
@@ -22,7 +22,7 @@ def box_mask(top: Array, left: Array, height: Array, width: Array, shape: tuple[
 
 
 def partners(*sizes: int) -> list[Array]:
-    """Which slice of each group goes into each mixture, where groups may differ in size.
+    """Chooses which slice of each group goes into each mixture; groups may differ in size.
 
     By their share of the batch: the same on one device and on several. Of a smaller group each
     slice is mixed several times.
@@ -35,7 +35,7 @@ def partners(*sizes: int) -> list[Array]:
 
 
 def copy_paste_mask(key: Array, shape: tuple[int, int], *, share: float = 2 / 3) -> Array:
-    """The mask of bidirectional copy-paste (BCP): all but a box of `share` of each side.
+    """Draws the mask of bidirectional copy-paste (BCP): all but a box of `share` of each side.
 
     The box lies at a random place within the slice.
 
@@ -61,7 +61,7 @@ def cutmix_mask(
     area_range: tuple[float, float] = (0.02, 0.4),
     aspect_range: tuple[float, float] = (0.3, 3.3),
 ) -> Array:
-    """The mask of CutMix as UniMatch draws it (arXiv:2208.09910): all but a box, or everything.
+    """Draws CutMix's mask as UniMatch has it (arXiv:2208.09910): all but a box, or everything.
 
     Args:
       key: a single random key.
@@ -89,7 +89,7 @@ def cutmix_mask(
 
 
 def mix(mask: Array, first: Array, second: Array) -> Array:
-    """`first` where the mask [..., H, W] is True, `second` elsewhere, images with channels too.
+    """Takes `first` where the mask [..., H, W] is True, else `second`; images with channels too.
 
     A scalar stands for an array of its value.
     """
@@ -99,7 +99,7 @@ def mix(mask: Array, first: Array, second: Array) -> Array:
 
 
 def next_slices(x: Array, axis_name: str | None) -> Array:
-    """Of each slice the next one of the *global* batch, of the last one the first: [n, ...]."""
+    """Takes the next slice of the *global* batch for each, the first for the last one: [n, ...]."""
     everything = x if axis_name is None else jax.lax.all_gather(x, axis_name, tiled=True)
     places = first_place(len(x), axis_name) + jnp.arange(len(x)) + 1
     return everything[places % len(everything)]

@@ -61,7 +61,7 @@ class TrainedModel(NamedTuple):
 
 
 def unet(preprocessing: Preprocessing, architecture: dict) -> UNet:
-    """The U-Net of a trained model, with the segmentation head alone."""
+    """Makes the U-Net of a trained model, with the segmentation head alone."""
     return UNet(
         num_classes=len(preprocessing.class_names) + 1,
         filters=tuple(architecture["filters"]),
@@ -70,7 +70,7 @@ def unet(preprocessing: Preprocessing, architecture: dict) -> UNet:
 
 
 def inference_state(params: dict, batch_stats: dict) -> steps.TrainState:
-    """A state that can predict, and cannot be trained; heads beside the segmentation's go."""
+    """Makes a state that predicts and cannot be trained, with the segmentation's head alone."""
     return steps.TrainState(
         step=jnp.zeros((), jnp.int32),
         stage=jnp.zeros((2,), jnp.int32),
@@ -82,7 +82,7 @@ def inference_state(params: dict, batch_stats: dict) -> steps.TrainState:
 
 
 def load_run(workdir: Path, stage: str | None = None) -> TrainedModel:
-    """The model of a run that is handed out, or that of a stage.
+    """Loads the model of a run that is handed out, or that of a stage.
 
     Without `stage`: highest validation Dice of all stages that have a checkpoint. Where the run
     has no validation volumes: the last weights of the last finished stage.
@@ -226,7 +226,7 @@ def _preprocessing(workdir: Path, config: ConfigDict) -> Preprocessing:
 
 
 def class_numbers(names: Any, how: Preprocessing, source: str) -> tuple[Kind, ...]:
-    """The classes 1, 2, ... of which a file says that the largest component is kept.
+    """Reads the classes 1, 2, ... of which a file says that the largest component is kept.
 
     Several taken together come first; see `components.largest_component`.
 
@@ -248,7 +248,7 @@ def class_numbers(names: Any, how: Preprocessing, source: str) -> tuple[Kind, ..
 
 
 def kept_largest(model: TrainedModel) -> list[str]:
-    """The names of the classes of which a model's predictions keep the largest component."""
+    """Names the classes of which a model's predictions keep the largest component."""
     return names_of(model.largest_component, model.preprocessing.class_names)
 
 

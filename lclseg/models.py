@@ -19,7 +19,7 @@ Array = jax.Array
 
 
 def max_pool(x: Array) -> Array:
-    """Max over 2 x 2 blocks, [B, H, W, F] -> [B, H/2, W/2, F].
+    """Pools the maximum of 2 x 2 blocks, [B, H, W, F] -> [B, H/2, W/2, F].
 
     Pairwise maxima instead of `nn.max_pool`: the gradient is a choice between two, no
     select-and-scatter; and no `max` over an axis, whose gradient divides by the number of entries
@@ -32,7 +32,7 @@ def max_pool(x: Array) -> Array:
 
 
 def upsample_conv(x: Array, kernel: Array) -> Array:
-    """Nearest upsampling x 2 followed by a 2 x 2 "SAME" convolution, at a quarter of its price.
+    """Upsamples x 2 (nearest), then convolves 2 x 2, "SAME", at a quarter of the price.
 
     Args:
       x: [B, H, W, F].
@@ -273,7 +273,7 @@ class UNet(nn.Module):
     def trunk(
         self, images: Array, *, train: bool, keep: Sequence[Array] | None = None
     ) -> tuple[Array, ...]:
-        """[B, H, W] or [B, H, W, K] float -> features of each level; ValueError on a bad H or W."""
+        """Maps [B, H, W] or [B, H, W, K] to features of each level; ValueError on a bad H or W."""
         multiple = 2 ** (len(self.filters) - 1)
         if images.shape[1] % multiple or images.shape[2] % multiple:
             raise ValueError(
@@ -286,7 +286,7 @@ class UNet(nn.Module):
         return self.unet_trunk(images.astype(self.dtype), train=train, keep=keep)
 
     def head(self, levels: Sequence[Array], name: str, *, train: bool) -> Array:
-        """Output of a head, "segmentation" or one of `heads`: logits [B, H, W, C] float32."""
+        """Applies a head, "segmentation" or one of `heads`: logits [B, H, W, C] float32."""
         module = getattr(self, f"{name}_head")
         level = getattr(module, "level", 0)
         if level >= len(levels):

@@ -35,7 +35,7 @@ def slices_in_step(
     batch: Mapping[str, int],
     image_shape: Sequence[int],
 ) -> int:
-    """Slices that all passes of a training step take together; nothing is computed.
+    """Counts the slices that all passes of a training step take together; computes nothing.
 
     A slice counts once for each pass and each network: a weak and two strong views are three, a
     teacher's pass is one more. The way back, and validation, are not counted.

@@ -63,7 +63,7 @@ class Outputs(NamedTuple):
 
 
 def find_cases(source: Path, labels: Path | None = None) -> list[Files]:
-    """The images to segment, by id, each with its label where a folder of labels is given.
+    """Finds the images to segment, by id, each with its label where a folder of labels is given.
 
     Args:
       source: a volume, or a folder of them, see `layouts.SUFFIXES`; NAME_0000, NAME_0001, ... are
@@ -199,7 +199,7 @@ def load_models(folders: Sequence[Path], stage: str | None = None) -> list[Train
 
 
 def classes_to_clean(models: Sequence[TrainedModel], choice: str) -> tuple[Kind, ...]:
-    """Of which classes predictions keep the largest component alone, by `LARGEST_COMPONENT`.
+    """Finds the classes of which predictions keep the largest component, by `LARGEST_COMPONENT`.
 
     Raises:
       ModelError: by "run", where the models say different things.
@@ -219,7 +219,7 @@ def classes_to_clean(models: Sequence[TrainedModel], choice: str) -> tuple[Kind,
 
 
 def refiner(models: Sequence[TrainedModel]) -> evaluation.Refine | None:
-    """What refines the mean of the models' probabilities, as they say; see `evaluation.refiner`.
+    """Makes what refines the mean of the models' probabilities; see `evaluation.refiner`.
 
     Raises:
       ModelError: they say different things.
@@ -261,7 +261,7 @@ def mean_predictor(models: Sequence[TrainedModel]) -> evaluation.Predict:
 
 
 def read_case(case: Files, how: Preprocessing) -> nifti.Volume:
-    """A case on the axes of the model, its label [X, Y, S] uint8 where it has one.
+    """Reads a case on the axes of the model, its label [X, Y, S] uint8 where it has one.
 
     Raises:
       VolumeError: whatever keeps the case from being predicted or compared.
@@ -403,7 +403,7 @@ def segment(
 
 
 def table(summary: dict) -> str:
-    """Dice, HD95 and ASSD of each volume and class, then the means, as aligned text."""
+    """Shows Dice, HD95 and ASSD of each volume and class, then the means, as aligned text."""
     rows = [["volume", "class", "Dice", "HD95 mm", "ASSD mm", ""]]
     specs = (".4f", ".2f", ".2f")  # of `metrics.MEASURES`
 
@@ -432,7 +432,7 @@ def predict_files(
     stage: str | None = None,
     largest: str = "run",
 ) -> dict | None:
-    """The whole command: checks everything, predicts, writes, and returns metrics if asked for.
+    """Checks everything, predicts, writes, and returns metrics if asked for: the whole command.
 
     Raises:
       ModelError, VolumeError: before the first volume is predicted.

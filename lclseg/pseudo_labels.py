@@ -56,7 +56,7 @@ class PseudoLabels:
     drawn: slice | np.ndarray = dataclasses.field(default_factory=lambda: slice(None))
 
     def read(self, records: np.ndarray) -> np.ndarray:
-        """Labels [B, H, W] of the given records; raises KeyError if one has none."""
+        """Reads labels [B, H, W] of the given records; raises KeyError if one has none."""
         rows = np.searchsorted(self.records, records)
         rows = np.minimum(rows, len(self.records) - 1)
         if not np.array_equal(self.records[rows], records):
@@ -167,7 +167,7 @@ def label_of(
     min_confidence: float,
     keep_largest: Sequence[Kind],
 ) -> np.ndarray:
-    """The pseudo-label [S, H, W] uint8 of a volume.
+    """Makes the pseudo-label [S, H, W] uint8 of a volume.
 
     The most probable class by the refined probabilities, of the classes `keep_largest` the largest
     component; `IGNORE` where the network's own probability is below `min_confidence`.
@@ -183,7 +183,7 @@ def _finished(label: np.ndarray, uncertain: np.ndarray, keep_largest: Sequence[K
 
 
 def label_bytes(probs: jax.Array, min_confidence: float) -> jax.Array:
-    """On the device: all that `label_of` needs of unrefined probabilities [..., C], as a byte.
+    """Packs into a byte, on the device, all that `label_of` needs of probabilities [..., C].
 
     Returns [..., 1] uint8, the most probable class, plus `UNCERTAIN` where it has a probability
     below `min_confidence`.
@@ -194,7 +194,7 @@ def label_bytes(probs: jax.Array, min_confidence: float) -> jax.Array:
 
 
 def label_of_bytes(found: np.ndarray, *, keep_largest: Sequence[Kind]) -> np.ndarray:
-    """`label_of`, from `label_bytes` [S, H, W, 1]."""
+    """Does what `label_of` does, from `label_bytes` [S, H, W, 1]."""
     found = found[..., 0]
     return _finished(found % UNCERTAIN, found >= UNCERTAIN, keep_largest)
 
@@ -395,6 +395,6 @@ def _mean_voxels(
 
 
 def count_classes(labels: np.ndarray, num_classes: int) -> np.ndarray:
-    """Pixels of each class per slice, [n, C], of labels [n, H, W]."""
+    """Counts the pixels of each class per slice, [n, C], of labels [n, H, W]."""
     counts = [np.bincount(s.ravel(), minlength=num_classes)[:num_classes] for s in labels]
     return np.stack(counts)

@@ -24,19 +24,19 @@ def _either_way(rng: np.random.Generator, strength: tuple[float, float]) -> floa
 
 
 def rotation(rng: np.random.Generator) -> np.ndarray:
-    """[2, 2] in-plane map, output to input: by `ROTATION_DEGREES` either way."""
+    """Draws a [2, 2] in-plane map, output to input: by `ROTATION_DEGREES` either way."""
     angle = np.deg2rad(_either_way(rng, ROTATION_DEGREES))
     cos, sin = np.cos(angle), np.sin(angle)
     return np.array([[cos, -sin], [sin, cos]])
 
 
 def scaling(rng: np.random.Generator) -> np.ndarray:
-    """[2, 2], output to input: larger or smaller by `SCALING`."""
+    """Draws [2, 2], output to input: larger or smaller by `SCALING`."""
     return np.eye(2) / (1 + _either_way(rng, SCALING))
 
 
 def flip(rng: np.random.Generator) -> np.ndarray:
-    """[2, 2], output to input: left to right; draws nothing."""
+    """Gives [2, 2], output to input: left to right; draws nothing."""
     return np.diag([1.0, -1.0])
 
 
@@ -46,7 +46,7 @@ def has_seen_flips(augment: Mapping[str, Any]) -> bool:
 
 
 def draw_matrices(rng: np.random.Generator, *, flips: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Two maps [2, 2] of different kinds, each pair of kinds equally likely, in either order.
+    """Draws two maps [2, 2] of different kinds, each pair equally likely, in either order.
 
     Of one kind the two may be nearly or, as flips, exactly the same map: then whatever the network
     says agrees with itself, and the gate passes it unseen.
@@ -81,7 +81,7 @@ def agreement(
     *,
     flips: bool,
 ) -> float:
-    """Mean foreground Dice of the predictions of two augmented copies of a volume.
+    """Computes mean foreground Dice between the predictions of two augmented copies of a volume.
 
     Args:
       rng: draws the two augmentations, see `draw_matrices`.

@@ -9,17 +9,17 @@ Array = jax.Array
 
 
 def named_key(key: Array, name: str) -> Array:
-    """The random key of one purpose: independent of all others, whichever these are."""
+    """Makes the random key of one purpose: independent of all others, whichever these are."""
     return jax.random.fold_in(key, zlib.crc32(name.encode()))
 
 
 def first_place(num_local: int, axis_name: str | None) -> Array | int:
-    """The place in the *global* batch of this device's first slice; arguments as `slice_keys`."""
+    """Finds the *global* place of this device's first slice; arguments as `slice_keys`."""
     return 0 if axis_name is None else jax.lax.axis_index(axis_name) * num_local
 
 
 def slice_keys(key: Array, num_local: int, axis_name: str | None) -> Array:
-    """One key per local slice, named by its place in the *global* batch: no device count in it.
+    """Makes one key per local slice, by its place in the *global* batch: no device count in it.
 
     Args:
       key: of the purpose.

@@ -22,7 +22,7 @@ logger = logging.getLogger("lclseg")
 
 
 def table(results: dict) -> str:
-    """What a run found, as aligned text: stages on the test volumes, then pseudo-labels by round.
+    """Shows what a run found, as aligned text: stages by test volumes, then pseudo-labels by round.
 
     Stages: validation and test Dice, gain over the baseline, Dice per class, HD95 and ASSD in mm,
     class-volume pairs missed, test Dice of the last weights. Pseudo-labels: volumes used, rejected

@@ -14,7 +14,7 @@ class Rule(NamedTuple):
 
 
 def is_number(value: Any) -> bool:
-    """Finite, and no bool."""
+    """Tells whether a value is finite, and no bool."""
     return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -32,7 +32,7 @@ def one_of(*choices: Any) -> Rule:
 
 
 def each(holds: Callable[[Any], bool], wanted: str, *, at_least: int = 0) -> Rule:
-    """A tuple or list whose items are all right."""
+    """Makes the rule of a tuple or list whose items are all right."""
 
     def right(value):
         return isinstance(value, tuple | list) and len(value) >= at_least and all(map(holds, value))
@@ -41,7 +41,7 @@ def each(holds: Callable[[Any], bool], wanted: str, *, at_least: int = 0) -> Rul
 
 
 def span(in_order: Callable[[Any, Any], bool], wanted: str) -> Rule:
-    """Two numbers, (low, high), that are in order."""
+    """Makes the rule of two numbers, (low, high), that are in order."""
 
     def right(value):
         is_pair = isinstance(value, tuple | list) and len(value) == 2

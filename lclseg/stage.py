@@ -62,7 +62,7 @@ class Best(NamedTuple):
 
 
 def labels_of(run: Run, pseudo_labels: PseudoLabels | None) -> tuple[Labels, Pool]:
-    """What training may see: ground truth of labelled slices, pseudo-labels; and the pool."""
+    """Gives what training may see: ground truth of labelled slices, pseudo-labels; and the pool."""
     labeled = records_of(run.prepared, run.split.labeled)
     if pseudo_labels is not None:
         drawn = pseudo_labels.drawn
@@ -75,7 +75,7 @@ def labels_of(run: Run, pseudo_labels: PseudoLabels | None) -> tuple[Labels, Poo
 
 
 def slices_of(run: Run, kind: str, pseudo_labels: PseudoLabels | None) -> DeviceSlices:
-    """The slices that a stage draws, and how."""
+    """Gathers the slices that a stage draws, and how."""
     data, labeled = run.config.data, ground_truth_pool(run.prepared, run.split.labeled)
     records = select_slices(
         labeled, min_classes=data.min_classes, at_least=1, role="labelled batch"
@@ -125,7 +125,7 @@ class Mark(NamedTuple):
     device: float
 
     def since(self, before: "Mark") -> dict[str, float]:
-        """The speed since another mark: `steps_per_second`, and `device_busy`, a share of 1."""
+        """Computes the speed since a mark: `steps_per_second`, and `device_busy`, a share of 1."""
         seconds = self.train - before.train
         return {
             "steps_per_second": round((self.steps - before.steps) / seconds, 3),
@@ -254,14 +254,14 @@ def timed(seconds: dict[str, float], kind: str) -> Iterator[None]:
 
 
 def mark_of(number: int, seconds: dict[str, float]) -> Mark:
-    """Where a stage stands after `number` steps."""
+    """Marks where a stage stands after `number` steps."""
     return Mark(number, seconds.get("train", 0.0), seconds.get("device", 0.0))
 
 
 def progress_of(
     pseudo_labels: PseudoLabels | None, history: list[dict], seconds: dict[str, float]
 ) -> dict:
-    """What a checkpoint tells beside the state; see `resume`."""
+    """Gathers what a checkpoint tells beside the state; see `resume`."""
     digest = pseudo_labels.report["labels_sha256"] if pseudo_labels else None
     return {"validation": history, "labels_sha256": digest, "seconds": seconds}
 
@@ -269,7 +269,7 @@ def progress_of(
 def resume(
     manager, stage: Stage, state: steps.TrainState, pseudo_labels: PseudoLabels | None
 ) -> tuple[steps.TrainState, int, list[dict], dict[str, float]]:
-    """Where a stage goes on: state, steps done, validations, seconds by kind of work.
+    """Finds where a stage goes on: state, steps done, validations, seconds by kind of work.
 
     Raises:
       ConfigError: the stage was begun on other pseudo-labels.
@@ -300,7 +300,7 @@ class Due(NamedTuple):
 
 
 def due_at(run: Run, stage: Stage, number: int, stop: bool) -> Due:
-    """What is due after `number` steps of a stage."""
+    """Finds what is due after `number` steps of a stage."""
     rounds, last = run.config.rounds, number == stage.num_steps
     return Due(
         log=last or number % run.config.log.every == 0,
@@ -325,7 +325,7 @@ def save(
 
 
 def outcome(manager, stage: Stage, like: steps.TrainState) -> Best:
-    """The best and the last checkpoint of a stage that is done."""
+    """Restores the best and the last checkpoint of a stage that is done."""
     checkpoint.finish(manager)
     step, score = checkpoint.chosen(manager)
     best, _ = checkpoint.restore(manager, step, like)
@@ -338,7 +338,7 @@ def outcome(manager, stage: Stage, like: steps.TrainState) -> Best:
 
 
 def next_stop(number: int, num_steps: int, config: ConfigDict) -> int:
-    """The next step of a stage at which something is to be logged, validated or refreshed."""
+    """Finds the next step of a stage at which to log, validate or refresh."""
     every = [config.log.every, config.rounds.eval_every]
     if config.rounds.refresh_every:
         every.append(config.rounds.refresh_every)
@@ -353,7 +353,7 @@ def calibrate(
     stage: Stage,
     number: int,
 ) -> steps.TrainState:
-    """The state with BatchNorm's statistics re-estimated from the stage's last batches.
+    """Re-estimates BatchNorm's statistics of a state from the stage's last batches.
 
     Of `rounds.batch_norm_batches` many; 0 leaves the running statistics.
     """
@@ -413,7 +413,7 @@ def warn_of_zeros(stage: str, history: list[dict]) -> None:
 
 
 def validate(run: Run, state: steps.TrainState) -> tuple[dict, dict[str, np.ndarray]]:
-    """Validation Dice, {"mean_dice": float, "dice_per_class": {name: float}}, and pictures.
+    """Computes validation Dice, {"mean_dice": float, "dice_per_class": {name: float}}; pictures.
 
     The pictures are of the first volumes, by id: the slice of each that shows most foreground.
     """

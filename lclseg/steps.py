@@ -85,7 +85,7 @@ def create_train_state(
     num_channels: int = 1,
     init_memory: Callable[[Any], Any] = lambda params: (),
 ) -> TrainState:
-    """A state at step 0; raises ValueError if the image size does not fit the model.
+    """Makes a state at step 0; raises ValueError if the image size does not fit the model.
 
     Kernels are He-normal (normal truncated at 2 sigma, variance 2 / fan_in, as Flax has it),
     BatchNorm starts as the identity. Each kernel is drawn by its own path, so that a further head
@@ -135,7 +135,7 @@ def create_train_state(
 
 
 def truncated_normal(rng: np.random.Generator, shape: Sequence[int]) -> np.ndarray:
-    """Normal numbers, none beyond 2 sigma, scaled to a standard deviation of 1; float64."""
+    """Draws normal numbers, none beyond 2 sigma, scaled to a standard deviation of 1; float64."""
     low, high = special.ndtr([-2.0, 2.0])
     # 0.8796 is the standard deviation of a normal truncated at 2 sigma.
     return special.ndtri(rng.uniform(low, high, shape)) / 0.87962566103423978
@@ -178,7 +178,7 @@ def restart(
 
 
 def gather(store: Store, rows: Mapping[str, Array]) -> dict[str, Slices]:
-    """The groups of a batch: rows [n] of the store by group."""
+    """Gathers the groups of a batch: rows [n] of the store by group."""
     return {
         group: Slices(store.image[r], store.label[r], store.is_labeled[r])
         for group, r in rows.items()
@@ -211,7 +211,7 @@ def _sum_over(x, axis_name: str | None):
 
 
 def total_loss(terms: Mapping[str, Term], axis_name: str | None) -> tuple[Array, dict[str, Array]]:
-    """This device's share of the loss, and of each term before its weight.
+    """Computes this device's share of the loss, and of each term before its weight.
 
     loss = sum over terms of weight x total / number, total and number over all devices.
     """
@@ -234,7 +234,7 @@ def train_step(
     ema_decay: float,
     remember: Callable[[Any, Any, Array], Any] = lambda memory, params, step: memory,
 ) -> tuple[TrainState, dict[str, Array]]:
-    """One optimiser step: gather, augment, the method's terms, gradients, Adam, averaged weights.
+    """Does one step: gather, augment, the method's terms, gradients, Adam, averaged weights.
 
     Args:
       state: the state before the step.
@@ -282,7 +282,7 @@ def train_steps(
     *,
     step: Callable,
 ) -> tuple[TrainState, dict[str, Array]]:
-    """Many steps in one dispatch.
+    """Does many steps in one dispatch.
 
     Args:
       state, store, key: as in `train_step`.
@@ -320,7 +320,7 @@ def batch_statistics(
     terms: Callable,
     views: Mapping[str, tuple[str, Augment]],
 ) -> Any:
-    """BatchNorm's statistics of one training batch under the averaged weights.
+    """Computes BatchNorm's statistics of one training batch under the averaged weights.
 
     Their mean over some batches takes the place of the running statistics, which lag behind by 100
     steps and were gathered under other weights (Izmailov et al., *Averaging weights leads to wider
@@ -371,7 +371,7 @@ def refine_step(images: Array, probs: Array, **settings) -> Array:
 
 
 def first_network(state: TrainState) -> TrainState:
-    """Of several networks, the first one, ready to predict."""
+    """Takes of several networks the first one, ready to predict."""
     first = functools.partial(jax.tree.map, lambda x: x[0])
     return state.replace(
         params={},

@@ -119,7 +119,7 @@ def write_masks(
 def suggest(
     workdir: Path, output: Path, *, stage: str | None = None, count: int = 3, draws: int = DRAWS
 ) -> list[Suggestion]:
-    """The whole command: looks at the pool, ranks it, writes table, page and masks.
+    """Looks at the pool, ranks it, writes table, page and masks: the whole command.
 
     Args:
       workdir: of a run, finished or under way, with its prepared data set on this machine.
@@ -186,7 +186,7 @@ def suggest(
 
 
 def as_csv(ranked: Sequence[Suggestion]) -> str:
-    """The table as CSV, with a line of names."""
+    """Makes CSV of the table, with a line of names."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(Suggestion._fields)

@@ -96,7 +96,7 @@ def load_sweep(path: Path) -> Sweep:
 
 
 def experiments(sweep: Sweep) -> Iterator[Experiment]:
-    """The runs of a sweep, pair after pair: a whole table early, then more of each row.
+    """Yields the runs of a sweep, pair after pair: a whole table early, then more of each row.
 
     Raises:
       SweepError: a row names a value that the config does not have.
@@ -119,12 +119,12 @@ def experiments(sweep: Sweep) -> Iterator[Experiment]:
 
 
 def slug(row: str) -> str:
-    """A row's name as a folder's: "inter, 3 anchors" -> "inter_3_anchors"."""
+    """Makes a folder's name of a row's: "inter, 3 anchors" -> "inter_3_anchors"."""
     return re.sub(r"[^a-z0-9.]+", "_", row.lower()).strip("_")
 
 
 def of_result(stored: dict) -> dict:
-    """The part of a stored config that a result depends on."""
+    """Takes the part of a stored config that a result depends on."""
     content = as_now(stored)
     for key in NOT_STORED:
         *groups, name = key.split(".")
@@ -136,7 +136,7 @@ def of_result(stored: dict) -> dict:
 
 
 def read_results(folder: Path, sweep: Sweep) -> dict[tuple[str, str, int], dict]:
-    """Finished runs of the sweep by (row, split, seed).
+    """Reads finished runs of the sweep by (row, split, seed).
 
     Raises:
       SweepError: a file holds the result of another config.
@@ -159,7 +159,7 @@ def read_results(folder: Path, sweep: Sweep) -> dict[tuple[str, str, int], dict]
 
 
 def first_with_baseline(config: ConfigDict, stored: Iterable[tuple[str, dict]]) -> str | None:
-    """Which of (name, config as stored) is the first whose baseline is the config's; or None."""
+    """Finds the first of (name, config as stored) whose baseline is the config's; or None."""
     from lclseg.run.start_from import other_baseline  # here: it loads JAX
 
     own = to_store(config)
@@ -327,7 +327,7 @@ def run_side_by_side(
 
 
 def title(experiment: Experiment) -> str:
-    """An experiment in words."""
+    """Names an experiment in words."""
     return f"{experiment.row}, split {experiment.split}, seed {experiment.seed}"
 
 

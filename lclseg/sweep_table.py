@@ -13,7 +13,7 @@ Results = Mapping[tuple[str, str, int], dict]
 
 
 def mean_and_interval(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean and half the width of its 95 % interval (Student's t); None for a single value."""
+    """Computes mean and half its 95 % interval (Student's t); None for a single value."""
     mean = float(np.mean(values))
     if len(values) < 2:
         return mean, None
@@ -22,39 +22,39 @@ def mean_and_interval(values: Sequence[float]) -> tuple[float, float | None]:
 
 
 def last_test(result: dict) -> dict:
-    """Test metrics of the last weights of a run's last stage."""
+    """Takes test metrics of the last weights of a run's last stage."""
     return list(result["results"].values())[-1]["test_last"]
 
 
 def handed_out(test: dict) -> dict:
-    """With the largest component kept, where there are classes in one piece."""
+    """Takes the test with the largest component kept, where there are classes in one piece."""
     return test.get("largest_component", test)
 
 
 def final_dice(result: dict) -> float:
-    """Test Dice of a run's last weights, the largest component kept."""
+    """Takes test Dice of a run's last weights, the largest component kept."""
     return handed_out(last_test(result))["mean_dice"]
 
 
 def every_component_dice(result: dict) -> float:
-    """Test Dice of a run's last weights, every component counted."""
+    """Takes test Dice of a run's last weights, every component counted."""
     return last_test(result)["mean_dice"]
 
 
 def chosen_dice(result: dict) -> float:
-    """Test Dice of the checkpoint that validation chose, the largest component kept."""
+    """Takes test Dice of the checkpoint that validation chose, the largest component kept."""
     return handed_out(result["results"][result["chosen"]]["test"])["mean_dice"]
 
 
 def runs_of(results: Results, row: str, pairs: Iterable[Pair]) -> dict[Pair, dict]:
-    """The finished runs of a row, by pair."""
+    """Takes the finished runs of a row, by pair."""
     return {pair: results[row, *pair] for pair in pairs if (row, *pair) in results}
 
 
 def table(
     rows: Collection[str], pairs: Sequence[Pair], results: Results, reference: str
 ) -> tuple[list[str], list[list[str]]]:
-    """The head and the cells of the table, a line per row that has a finished run.
+    """Makes the head and the cells of the table, a line per row that has a finished run.
 
     Columns: number of runs; test Dice of the last weights (mean over volumes of the mean over
     classes), mean over the runs with its 95 % interval; the same with the largest component kept;
@@ -95,7 +95,7 @@ def table(
 def by_pair(
     rows: Collection[str], pairs: Sequence[Pair], results: Results
 ) -> tuple[list[str], list[list[str]]]:
-    """The head and the cells of a table of `final_dice`, a line per row, a column per pair.
+    """Makes head and cells of a table of `final_dice`, a line per row, a column per pair.
 
     Pairs that no row has run are left out.
     """
@@ -113,7 +113,7 @@ def by_pair(
 def gains_by_pair(
     rows: Collection[str], pairs: Sequence[Pair], results: Results, reference: str
 ) -> tuple[list[str], list[list[str]]]:
-    """The head and the cells of a table of gains over the row `reference`, a column per pair.
+    """Makes head and cells of a table of gains over the row `reference`, a column per pair.
 
     After `final_dice` by pair come the means, with their 95 % intervals, of its gains and of those
     of `every_component_dice` and `chosen_dice`. Rows without a pair in common are left out.
@@ -136,7 +136,7 @@ def gains_by_pair(
 def by_stage(
     rows: Collection[str], pairs: Sequence[Pair], results: Results
 ) -> tuple[list[str], list[list[str]]]:
-    """The head and the cells of a table of runs: test Dice of each stage, and the chosen stage.
+    """Makes head and cells of a table of runs: test Dice of each stage, and the chosen stage.
 
     Of the last weights, the largest component kept.
     """
@@ -151,7 +151,7 @@ def by_stage(
 
 
 def markdown(rows: Collection[str], pairs: Sequence[Pair], results: Results, reference: str) -> str:
-    """The four tables in Markdown, an empty line between them.
+    """Makes the four tables in Markdown, an empty line between them.
 
     Gains are over the row `reference`.
     """
@@ -172,7 +172,7 @@ def markdown(rows: Collection[str], pairs: Sequence[Pair], results: Results, ref
 def paired_gains(
     results: Results, row: str, reference: str, dice: Callable[[dict], float] = final_dice
 ) -> dict[Pair, float]:
-    """By how much a row's Dice is higher, by pair (split, seed) that both rows have."""
+    """Computes how much higher a row's Dice is, by pair (split, seed) that both rows have."""
     return {
         (split, seed): dice(result) - dice(results[reference, split, seed])
         for (name, split, seed), result in results.items()

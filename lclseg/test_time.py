@@ -13,7 +13,7 @@ from lclseg.augment import read_linear, rotation_matrix, warp_coordinates
 
 
 def copy_angles(max_degrees: float) -> tuple[float, ...]:
-    """The angles of the turned copies, radians: as far as training turns slices, either way.
+    """Chooses the turned copies' angles, radians: as far as training turns slices, either way.
 
     On ACDC copies turned so far were worth more than ones turned less (docs/recipe.md). By 90
     degrees nothing is interpolated.

@@ -77,7 +77,7 @@ def finish_stage(run: Run, results: dict, best: Best, pseudo_labels: PseudoLabel
 
 
 def cost(run: Run, best: Best, pseudo_labels: PseudoLabels | None) -> dict:
-    """What the training of a stage took.
+    """Measures what the training of a stage took.
 
     Slices that went through the network in its steps, steps a second, the share of that time in
     which the devices had work, and the most memory that a device held.
@@ -102,7 +102,7 @@ def cost(run: Run, best: Best, pseudo_labels: PseudoLabels | None) -> dict:
 def pseudo_label_pool(
     run: Run, best: Best, round_number: int, previous: PseudoLabels | None
 ) -> PseudoLabels:
-    """Pseudo-labels for a round: predicted by the best state, refined by the CRF, gated.
+    """Makes pseudo-labels for a round: predicted by the best state, refined by the CRF, gated.
 
     Read from disk where they are complete and this state's. The time that they took stands in a
     file of its own: their report is the same for the same labels.
@@ -158,7 +158,7 @@ def pseudo_label_pool(
 
 
 def first_state(run: Run) -> steps.TrainState:
-    """What the first stage starts from: drawn weights, or the best ones of another run.
+    """Makes the state that the first stage starts from: drawn weights, or another run's best.
 
     Heads that the other run does not have are drawn.
     """
@@ -177,7 +177,7 @@ def first_state(run: Run) -> steps.TrainState:
 def run_stage(
     run: Run, results: dict, stage: Stage, before: Best | None, pseudo_labels: PseudoLabels | None
 ) -> Best:
-    """One stage, trained and tested.
+    """Trains and tests one stage.
 
     The first one starts from drawn weights, or from those of another run; the next from the best
     state of the one before, with fresh heads where the config wants them.
@@ -224,7 +224,7 @@ def train_and_evaluate(
 
 
 def train_stages(run: Run) -> dict:
-    """`train_and_evaluate` in a workdir that is this run's."""
+    """Does what `train_and_evaluate` does, in a workdir that is this run's."""
     config, workdir = run.config, run.workdir
     results = read_json(workdir / "results.json") or new_results(config, run.prepared, run.split)
     if config.rounds.baseline_from and "baseline" not in results["results"]:

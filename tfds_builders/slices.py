@@ -70,7 +70,7 @@ class GridConfig(tfds.core.BuilderConfig):
 def grid_config(
     *, image_size: int, target_spacing_mm: float, n4_shrink_factor: int = 0
 ) -> GridConfig:
-    """A GridConfig under a name that tells its values, so that each lies in a folder of its own."""
+    """Makes a GridConfig whose name tells its values, so that each has a folder of its own."""
     n4 = f"_n4x{n4_shrink_factor}" if n4_shrink_factor else ""
     return GridConfig(
         name=f"{image_size}px_{target_spacing_mm:g}mm{n4}",
@@ -94,7 +94,7 @@ def dataset_info(
     ignore_value: int | None = None,
     **kwargs,
 ) -> tfds.core.DatasetInfo:
-    """DatasetInfo of a slice data set.
+    """Makes the DatasetInfo of a slice data set.
 
     Args:
       class_names: of the foreground, labels 1, 2, ...
@@ -161,14 +161,14 @@ class SliceWriter(tfds.core.ExampleWriter):
 
 
 def example_writer(builder: tfds.core.GeneratorBasedBuilder) -> tfds.core.ExampleWriter:
-    """The builders' `_example_writer`, the method that TFDS has for this."""
+    """Stands in for the builders' `_example_writer`, the method that TFDS has for this."""
     file_format = builder.info.file_format
     is_array_record = file_format is tfds.core.FileFormat.ARRAY_RECORD
     return (SliceWriter if is_array_record else tfds.core.ExampleWriter)(file_format)
 
 
 def msd_cases(folder: Path, *, task: str, way_out: str) -> list[Case]:
-    """The training volumes that the dataset.json of a Medical Segmentation Decathlon task lists.
+    """Finds the training volumes that dataset.json of a Medical Segmentation Decathlon task lists.
 
     Args:
       folder: holds dataset.json, or a folder named `task` that does.

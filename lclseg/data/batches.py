@@ -29,13 +29,13 @@ class Pool(NamedTuple):
 
 
 def records_of(prepared: PreparedSet, volume_ids) -> np.ndarray:
-    """Record numbers of all slices of the given volumes, [n]."""
+    """Lists the record numbers of all slices of the given volumes, [n]."""
     slices = [prepared.volumes[v].slices for v in volume_ids]
     return np.concatenate([np.arange(s.start, s.stop) for s in slices] or [np.empty(0, int)])
 
 
 def ground_truth_pool(prepared: PreparedSet, volume_ids) -> Pool:
-    """All slices of the given volumes, with ground-truth class counts."""
+    """Takes all slices of the given volumes, with ground-truth class counts."""
     entries = [prepared.volumes[v] for v in volume_ids]
     return Pool(
         records=np.concatenate([np.arange(e.slices.start, e.slices.stop) for e in entries]),
@@ -82,7 +82,7 @@ def sampler(
     labeled_batch_size: int,
     draw: Callable[[np.random.Generator], Mapping[str, np.ndarray]] | None,
 ) -> Callable[[int], dict[str, np.ndarray]]:
-    """step -> record numbers [n] of each group of its global batch.
+    """Makes step -> record numbers [n] of each group of its global batch.
 
     The group "labeled" is drawn here, the same for every method; without replacement where there
     are enough slices.

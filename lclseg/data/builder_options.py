@@ -8,7 +8,7 @@ from lclseg.data import case_files, own_data
 
 
 def options_of(data: ConfigDict) -> dict[str, Any]:
-    """`options` of `open_builder` and `open_prepared`, from `config.data`; {} for most sets."""
+    """Makes `options` of `open_builder` and `open_prepared` of `config.data`; {} for most sets."""
     if data.name == case_files.NAME:
         return own_data.builder_options(data)
     if "frames" in data:  # ACDC

@@ -17,7 +17,7 @@ WANTED = "wanted images/ and labels/ with equal names, or imagesTr/ and labelsTr
 
 
 def find_cases(folder: Path, exclude: Sequence[str] = ()) -> list[Files]:
-    """The cases of a folder by id.
+    """Finds the cases of a folder, by id.
 
     Args:
       folder: see `layouts.find_files`.
@@ -108,7 +108,7 @@ def _uneven_channels(files: Sequence[Files]) -> list[str]:
 
 
 def left_out(folder: Path, files: Sequence[Files], exclude: Sequence[str] = ()) -> list[str]:
-    """Warnings of what lies in the folder and is not read, a line each."""
+    """Warns of what lies in the folder and is not read, a line each."""
     every = [f for f in find_files(folder) if f.case_id in exclude]
     lines = []
     for kind, paths in layouts.unused(folder, [*files, *every]).items():
@@ -125,7 +125,7 @@ def left_out(folder: Path, files: Sequence[Files], exclude: Sequence[str] = ()) 
 
 
 def folder_digest(folder: Path, files: Sequence[Files]) -> str:
-    """Hexadecimal digest of names, sizes and modification times of the files that are read."""
+    """Digests names, sizes and modification times of the files that are read; hexadecimal."""
     paths = [p for f in files for p in f.paths]
     paths += [p.with_suffix(".img") for p in paths if p.suffix.lower() == ".hdr"]
     paths.append(folder / "dataset.json")
@@ -135,7 +135,7 @@ def folder_digest(folder: Path, files: Sequence[Files]) -> str:
 
 
 def channels_used(files: Sequence[Files], chosen: Sequence[int]) -> tuple[int, ...]:
-    """The numbers of the channels to use; () where a case is one file and nothing was chosen."""
+    """Chooses the channels to use; () where a case is one file and nothing was chosen."""
     there = tuple(channel_number(p) for p in files[0].images)
     missing = [n for n in chosen if n not in there]
     if missing:

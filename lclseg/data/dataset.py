@@ -102,17 +102,17 @@ class PreparedSet:
         )
 
     def slice_name(self, record: int) -> str:
-        """Volume id and slice number of a record, e.g. "patient001_frame01, slice 3"."""
+        """Names volume and slice number of a record, e.g. "patient001_frame01, slice 3"."""
         entry = next(e for e in self.volumes.values() if record in e.slices)
         return f"{entry.volume_id}, slice {record - entry.first_slice}"
 
     def read_slice_spacing(self, volume_id: str) -> float:
-        """How far the slices of a volume lie apart, mm."""
+        """Reads how far the slices of a volume lie apart, mm."""
         (record,) = self.source.__getitems__([self.volumes[volume_id].first_slice])
         return float(record["spacing_mm"][2])
 
     def read_native(self, volume_id: str) -> NativeVolume:
-        """Native geometry and label of a volume."""
+        """Reads native geometry and label of a volume."""
         entry = self.volumes[volume_id]
         records = self.source.__getitems__(list(entry.slices))
         label = np.stack([r["native_label"] for r in records], axis=-1)
@@ -198,7 +198,7 @@ def open_builder(
     n4_shrink_factor: int = 0,
     options: Mapping[str, Any] | None = None,
 ) -> tfds.core.DatasetBuilder:
-    """The builder of `tfds_builders/<name>`, its set prepared or not; see `open_prepared`."""
+    """Opens the builder of `tfds_builders/<name>`, its set prepared or not; see `open_prepared`."""
     module_name = f"tfds_builders.{name}.{name}_dataset_builder"
     try:
         module = importlib.import_module(module_name)
@@ -220,7 +220,7 @@ def open_builder(
 
 
 def preprocessing_of(builder: tfds.core.DatasetBuilder) -> Preprocessing:
-    """How the volumes of a builder become slices, whether or not they have done so yet."""
+    """Tells how the volumes of a builder become slices, whether or not they have done so yet."""
     metadata = builder.info.metadata
     config = builder.builder_config
     return Preprocessing(

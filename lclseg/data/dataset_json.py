@@ -7,7 +7,7 @@ from lclseg.data.nifti import VolumeError
 
 
 def dataset_json(folder: Path) -> dict:
-    """What dataset.json holds, the Decathlon's or nnU-Net's; {} without one.
+    """Reads dataset.json, the Decathlon's or nnU-Net's; {} without one.
 
     Raises:
       VolumeError: it is not readable as JSON.
@@ -26,7 +26,7 @@ def dataset_json(folder: Path) -> dict:
 
 
 def listed_names(folder: Path) -> dict[int, str]:
-    """Label value -> name from dataset.json; nnU-Net's regions (several values a name) left out.
+    """Reads label value -> name from dataset.json; leaves out nnU-Net's regions (several values).
 
     Raises:
       VolumeError: it is not readable as JSON.
@@ -42,7 +42,7 @@ def listed_names(folder: Path) -> dict[int, str]:
 
 
 def is_ct(folder: Path, channel: int) -> bool:
-    """Whether dataset.json says that a channel is CT."""
+    """Tells whether dataset.json says that a channel is CT."""
     content = dataset_json(folder)
     names = content.get("channel_names", content.get("modality"))
     name = names.get(str(channel)) if isinstance(names, dict) else None

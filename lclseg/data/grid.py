@@ -22,12 +22,12 @@ CLIP = (-1.0, 3.0)
 
 
 def first_channel(images: np.ndarray) -> np.ndarray:
-    """Slices [S, H, W] of [S, H, W] or [S, H, W, K]: what is shown, and what the CRF looks at."""
+    """Takes slices [S, H, W] of [S, H, W] or [S, H, W, K]: what is shown, and what the CRF sees."""
     return images[..., 0] if images.ndim == 4 else images
 
 
 def intensity_range(image: np.ndarray) -> tuple[float, float]:
-    """The intensities that become 0 and 1: the volume's 1st and 99th percentile.
+    """Finds the intensities that become 0 and 1: the volume's 1st and 99th percentile.
 
     Where these two coincide (a nearly empty volume), minimum and maximum take their place.
     """
@@ -36,13 +36,13 @@ def intensity_range(image: np.ndarray) -> tuple[float, float]:
 
 
 def relative_median(image: np.ndarray) -> float:
-    """The median intensity, as `normalize_intensity` has it: about 0 where most is dark."""
+    """Finds the median intensity, as `normalize_intensity` has it: about 0 where most is dark."""
     low, high = intensity_range(image)
     return float((np.median(image) - low) / (high - low))
 
 
 def without_outliers(image: np.ndarray) -> np.ndarray:
-    """The image, of any shape, with what `normalize_intensity` would clip cut off; same type."""
+    """Cuts off, of an image of any shape, what `normalize_intensity` would clip; same type."""
     low, high = intensity_range(image)
     return np.clip(image, *(low + np.multiply(CLIP, high - low)).astype(image.dtype))
 
@@ -84,9 +84,9 @@ def _linear_index(
 
 
 def linear_matrix(num_out: int, spacing_out: float, num_in: int, spacing_in: float) -> np.ndarray:
-    """[num_out, num_in] float32 weights of linear interpolation along one axis, middles aligned.
+    """Makes weights [num_out, num_in] of linear interpolation along an axis, middles aligned.
 
-    Rows beyond the outermost input samples by up to half a sample repeat the outermost; further
+    They are float32. Rows beyond the outermost input samples by up to half a sample repeat the outermost; further
     out they are zero (padding).
     """
     low, high, share, inside = _linear_index(num_out, spacing_out, num_in, spacing_in)
@@ -153,7 +153,7 @@ def _native_slices(probs, rows, columns) -> Iterator[np.ndarray]:
 
 
 def probs_to_native_label(probs, spacing_mm, shape, *, target_spacing_mm: float) -> np.ndarray:
-    """Inverse of `image_to_grid` for class probabilities, followed by argmax.
+    """Inverts `image_to_grid` for class probabilities, followed by argmax.
 
     Args:
       probs: [S, H, W, C] float.
@@ -172,7 +172,7 @@ def probs_to_native_label(probs, spacing_mm, shape, *, target_spacing_mm: float)
 
 
 def probs_to_native(probs, spacing_mm, shape, *, target_spacing_mm: float) -> np.ndarray:
-    """The probabilities whose argmax is `probs_to_native_label`; arguments as there.
+    """Maps to the probabilities whose argmax is `probs_to_native_label`; arguments as there.
 
     Returns:
       [X, Y, S, C] float32. Native pixels outside the training grid are background, with

@@ -58,7 +58,7 @@ class Files(NamedTuple):
 
 
 def find_files(folder: Path) -> list[Files]:
-    """The cases of a folder, by id.
+    """Finds the cases of a folder, by id.
 
     Layouts, the first that fits; NAME ends in any of `SUFFIXES`:
       images/NAME, labels/NAME
@@ -99,7 +99,7 @@ def _pairs(images: Path, labels: Path) -> list[Files]:
 
 
 def group_channels(images: Sequence[Path], label_of: dict[str, Path]) -> list[Files]:
-    """The cases that the images of one folder are; see `find_files`.
+    """Groups the images of one folder into cases; see `find_files`.
 
     Args:
       images: files of one folder.
@@ -130,13 +130,13 @@ def group_channels(images: Sequence[Path], label_of: dict[str, Path]) -> list[Fi
 
 
 def channel_number(path: Path) -> int:
-    """The number in the name of a channel's file; 0 without one."""
+    """Reads the number in the name of a channel's file; 0 without one."""
     match = CHANNEL.fullmatch(stem(path))
     return int(match["number"]) if match else 0
 
 
 def unused(folder: Path, files: Sequence[Files]) -> dict[str, list[Path]]:
-    """What lies in a folder and is none of its cases' files, by what it is.
+    """Finds what lies in a folder and is none of its cases' files, by what it is.
 
     Keys: "volumes" that are not read, and those in FOREIGN that look like images, by their suffix.
     Beside a layout with folders of images and labels, other folders count, too.
@@ -156,14 +156,14 @@ def unused(folder: Path, files: Sequence[Files]) -> dict[str, list[Path]]:
 
 
 def volumes_of(folder: Path) -> list[Path]:
-    """The volumes of a folder, not those in folders below; [] where there is no folder."""
+    """Lists the volumes of a folder, not those in folders below; [] where there is no folder."""
     if not folder.is_dir():
         return []
     return [p for p in sorted(folder.iterdir()) if is_volume(p) and p.name[0] != "."]
 
 
 def is_volume(path: Path) -> bool:
-    """Whether the name is that of a volume."""
+    """Tells whether the name is that of a volume."""
     return path.name.lower().endswith(SUFFIXES)
 
 
@@ -172,11 +172,11 @@ def _visible(path: Path, folder: Path) -> bool:
 
 
 def stem(path: Path) -> str:
-    """The file's name without its suffix, one of `SUFFIXES`."""
+    """Takes the suffix, one of `SUFFIXES`, off a file's name."""
     suffix = next((s for s in SUFFIXES if path.name.lower().endswith(s)), "")
     return path.name[: len(path.name) - len(suffix)]
 
 
 def is_label(path: Path) -> bool:
-    """Whether the name is that of a label which lies beside its image."""
+    """Tells whether the name is that of a label which lies beside its image."""
     return stem(path).endswith("_gt")

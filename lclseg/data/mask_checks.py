@@ -29,7 +29,7 @@ def check_classes(label_values: Sequence[int], class_names: Sequence[str]) -> No
 def check_masks(
     data: ConfigDict, surveys: Sequence[Survey], patient: Mapping[str, str]
 ) -> list[str]:
-    """What is worth telling of the masks looked at: empty ones, and classes that are rare.
+    """Finds what is worth telling of the masks looked at: empty ones, and classes that are rare.
 
     Args:
       data: of the config, with classes and lists of patients.
@@ -83,7 +83,7 @@ def check_pool(data: ConfigDict, turned: Sequence[Survey], patient: Mapping[str,
 
 
 def largest_component(choice: str, data: ConfigDict, learnt: Sequence[Survey]) -> str:
-    """A line on the classes of which what is handed out keeps the largest component alone.
+    """Tells of which classes what is handed out keeps the largest component alone, in a line.
 
     Args:
       choice: `predictions.largest_component`.
@@ -108,7 +108,7 @@ def largest_component(choice: str, data: ConfigDict, learnt: Sequence[Survey]) -
 
 
 def empty_test(data: ConfigDict) -> SplitError | None:
-    """The error that a run ends with once it has prepared test masks which are all empty.
+    """Makes the error that a run ends with once it has prepared test masks that are all empty.
 
     `complete` does not open them; this does, for who checks a folder, and chooses nothing.
 
@@ -125,7 +125,7 @@ def empty_test(data: ConfigDict) -> SplitError | None:
 
 
 def unseen_values(data: ConfigDict, shown: Mapping[int, Sequence[str]]) -> list[str]:
-    """Warnings of label values in masks that `complete` does not look at; chooses nothing.
+    """Warns of label values in masks that `complete` does not look at; chooses nothing.
 
     Args:
       data: of a complete config.

@@ -366,13 +366,13 @@ def read_image(path: Path, *, channel: int | None = None) -> Volume:
 
 
 def has_channels(path: Path) -> bool:
-    """Whether a file has a fourth axis, longer than 1."""
+    """Tells whether a file has a fourth axis, longer than 1."""
     with _readable(path):
         return len(_open(path).shape) == 4 and _open(path).shape[3] > 1
 
 
 def read_geometry(path: Path) -> Geometry:
-    """Shape, spacing and affine of a 3-D image, from its header; no voxel is read.
+    """Reads shape, spacing and affine of a 3-D image, from its header; no voxel is read.
 
     Raises:
       VolumeError: unreadable, not 3-D, spacing not positive or affine singular.
@@ -424,7 +424,7 @@ def read_raw_label(path: Path, image: Volume | Geometry, image_path: Path) -> np
 
 
 def max_gap_mm(affine: np.ndarray, other: np.ndarray, shape: Sequence[int]) -> float:
-    """The largest distance between the places that two affines give a corner of an array."""
+    """Computes how far apart, at most, two affines put a corner of an array."""
     last = np.array(shape) - 1
     corners = np.stack(np.meshgrid(*[(0, n) for n in last], indexing="ij"), -1).reshape(-1, 3)
     moved = (affine - other) @ np.c_[corners, np.ones(len(corners))].T
@@ -453,7 +453,7 @@ def read_label(
 
 
 def whole_numbers(path: Path, label: np.ndarray, highest: int = MAX_LABEL_VALUE) -> np.ndarray:
-    """The label as uint16, values within `ROUNDING` of a whole number rounded to it.
+    """Rounds a label whose values are within `ROUNDING` of whole numbers; uint16.
 
     Raises:
       VolumeError: other values than 0..highest; up to 8 are named, and what they look like.
@@ -492,7 +492,7 @@ def _refuse_values(path: Path, label: np.ndarray, odd: np.ndarray, highest: int)
 def map_label_values(
     raw: np.ndarray, values: Sequence[int], *, ignored: int | None = None
 ) -> tuple[np.ndarray, dict[float, int]]:
-    """Classes 1, 2, ... in place of the label values of a data set; all others are background.
+    """Puts classes 1, 2, ... in place of a data set's label values; all others are background.
 
     Args:
       raw: [X, Y, S], as the file has it.
@@ -514,7 +514,7 @@ def map_label_values(
 
 
 def read_header(path: Path) -> nib.Nifti1Header:
-    """The header of a NIfTI file; raises VolumeError where it is not readable."""
+    """Reads the header of a NIfTI file; raises VolumeError where it is not readable."""
     with _readable(path):
         return _load(path).header
 
@@ -554,7 +554,7 @@ def write_like(path: Path, data: np.ndarray, reference: Path) -> None:
 
 
 def oriented(volume: Volume, wanted: str) -> Volume:
-    """A volume as its file has it, with its axes brought as near to an orientation as they come.
+    """Turns a volume of a file as near to an orientation as its axes come.
 
     Args:
       volume: what `read_image` gave, with or without label.

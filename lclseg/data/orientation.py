@@ -37,7 +37,7 @@ AS_FILED = Orientation((0, 1, 2), (False, False, False))
 
 
 def is_valid(letters: object) -> bool:
-    """Whether these are three letters, one for each axis of the patient."""
+    """Tells whether these are three letters, one for each axis of the patient."""
     if not (isinstance(letters, str) and len(letters) == 3):
         return False
     return all(sum(letter in pair for letter in letters) == 1 for pair in LETTERS)
@@ -56,7 +56,7 @@ def _cosines(affine: np.ndarray) -> np.ndarray:
 
 
 def letters_of(affine: np.ndarray) -> str:
-    """The orientation of a file that is nearest to its affine, e.g. "LPS"."""
+    """Finds the orientation of a file that is nearest to its affine, e.g. "LPS"."""
     to_ras = nearest(affine, (1.0, 1.0, 1.0), "RAS")
     names = [""] * 3
     for world, (axis, flip) in enumerate(zip(*to_ras, strict=True)):
@@ -65,7 +65,7 @@ def letters_of(affine: np.ndarray) -> str:
 
 
 def nearest(affine: np.ndarray, spacing_mm: Sequence[float], wanted: str) -> Orientation:
-    """The order and direction of a file's axes that come nearest to an orientation.
+    """Finds the order and direction of a file's axes that come nearest to an orientation.
 
     Args:
       affine: [4, 4], voxel index of the file to mm; regular.
@@ -90,19 +90,19 @@ def nearest(affine: np.ndarray, spacing_mm: Sequence[float], wanted: str) -> Ori
 
 
 def to_volume(array: np.ndarray, orientation: Orientation) -> np.ndarray:
-    """From the axes of the file to those of the volume; axes after the third stay."""
+    """Turns from the axes of the file to those of the volume; axes after the third stay."""
     turned = array.transpose([*orientation.axes, *range(3, array.ndim)])
     return turned[tuple(slice(None, None, -1 if flip else 1) for flip in orientation.flips)]
 
 
 def to_file(array: np.ndarray, orientation: Orientation) -> np.ndarray:
-    """The inverse of `to_volume`."""
+    """Inverts `to_volume`."""
     turned = array[tuple(slice(None, None, -1 if flip else 1) for flip in orientation.flips)]
     return turned.transpose([*np.argsort(orientation.axes), *range(3, array.ndim)])
 
 
 def index_matrix(orientation: Orientation, shape: Sequence[int]) -> np.ndarray:
-    """[4, 4], voxel index of the volume to that of the file; `shape` is the volume's."""
+    """Makes [4, 4], voxel index of the volume to that of the file; `shape` is the volume's."""
     matrix = np.zeros((4, 4))
     matrix[3, 3] = 1
     for k, (axis, flip) in enumerate(zip(*orientation, strict=True)):
@@ -112,7 +112,7 @@ def index_matrix(orientation: Orientation, shape: Sequence[int]) -> np.ndarray:
 
 
 def between(affine: np.ndarray, other: np.ndarray) -> Orientation | None:
-    """How an array with the affine `other` is brought onto the axes of one with `affine`.
+    """Tells how an array with the affine `other` is brought onto the axes of one with `affine`.
 
     Returns:
       None where their axes are not parallel; whether both then cover the same place is not looked
@@ -137,6 +137,6 @@ def to_numbers(orientation: Orientation) -> list[int]:
 
 
 def from_numbers(numbers: Sequence[int]) -> Orientation:
-    """The inverse of `to_numbers`."""
+    """Inverts `to_numbers`."""
     a, b, c = (int(n) for n in numbers)
     return Orientation((abs(a) - 1, abs(b) - 1, abs(c) - 1), (a < 0, b < 0, c < 0))

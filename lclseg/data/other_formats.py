@@ -15,7 +15,7 @@ LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 
 def open_header(path: Path) -> tuple[tuple[int, ...], tuple[float, ...], np.ndarray, str]:
-    """Shape, spacing, affine in the axes of NIfTI and voxel type; no voxel is read.
+    """Reads shape, spacing, affine in the axes of NIfTI and voxel type; no voxel is read.
 
     Several values a voxel (colours, vectors) are a further axis of the shape.
 
@@ -38,7 +38,7 @@ def open_header(path: Path) -> tuple[tuple[int, ...], tuple[float, ...], np.ndar
 
 
 def read_voxels(path: Path) -> np.ndarray:
-    """The array whose shape `open_header` tells; raises RuntimeError."""
+    """Reads the array whose shape `open_header` tells; raises RuntimeError."""
     import SimpleITK as sitk  # noqa: N813, here: a set of NIfTI files does without
 
     image = _reader(path).Execute()

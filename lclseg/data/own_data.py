@@ -138,7 +138,7 @@ def complete(config: ConfigDict) -> tuple[ConfigDict, str]:
 
 
 def builder_options(data: ConfigDict) -> dict:
-    """What `open_prepared` needs besides the grid, of a complete config of own data."""
+    """Takes what `open_prepared` needs besides the grid from a complete config of own data."""
     ignored = data.get("ignore_value", -1)
     return {
         "folder_name": Path(data.manual_dir).expanduser().resolve().name,
@@ -227,5 +227,5 @@ def _summary(
 
 
 def warnings_in(text: str) -> list[str]:
-    """The warnings in what `complete` told."""
+    """Finds the warnings in what `complete` told."""
     return re.findall(r"^  WARNING: (.*)$", text, re.MULTILINE)

@@ -31,7 +31,7 @@ MAX_SCANS = 6
 
 
 def patients_of(case_ids: Sequence[str]) -> dict[str, str]:
-    """The patient of each case, by case id; the case id itself where no other case is of theirs."""
+    """Finds the patient of each case, by case id; the case id itself where they have no other."""
     patient = {case: _without_scan(case) for case in case_ids}
     plain = {case: _without_scan(_without_number(name)) for case, name in patient.items()}
     if max(collections.Counter(plain.values()).values(), default=0) <= MAX_SCANS:

@@ -124,7 +124,7 @@ def to_slices(
     n4_shrink_factor: int,
     windows: Sequence[tuple[float, float] | None] = (),
 ) -> np.ndarray:
-    """N4, percentiles or window, resampling, crop or pad: [X, Y, S] -> [S, H, W] float32.
+    """Applies N4, percentiles or window, resampling, crop or pad: [X, Y, S] -> [S, H, W] float32.
 
     Of several channels, [X, Y, S, K] -> [S, H, W, K], each by itself.
     """
@@ -151,7 +151,7 @@ def to_slices(
 
 
 def to_json(preprocessing: Preprocessing) -> dict:
-    """Values for a JSON file; `from_json` reads them back."""
+    """Makes values for a JSON file; `from_json` reads them back."""
     return preprocessing._asdict() | FIXED
 
 

@@ -26,7 +26,7 @@ WINDOW_PERCENTILES = (0.5, 99.5)  # of the foreground of CT, as nnU-Net has it
 
 
 def propose_slice_axis(surveys: Sequence[Survey]) -> int:
-    """The axis of the patient with the coarsest median spacing; of equal ones the last."""
+    """Proposes the axis of the patient with the coarsest median spacing; of equal ones the last."""
     along = []
     for s in surveys:
         axes = orientation.nearest(s.affine, (1.0, 1.0, 1.0), "RAS").axes
@@ -36,12 +36,12 @@ def propose_slice_axis(surveys: Sequence[Survey]) -> int:
 
 
 def propose_spacing_mm(turned: Sequence[Survey]) -> float:
-    """Median in-plane spacing of all images, to five digits; axes of the volumes."""
+    """Proposes the median in-plane spacing of all images, to five digits; axes of the volumes."""
     return float(f"{np.median([s.spacing_mm[:2] for s in turned]):.5g}")
 
 
 def propose_image_size(turned: Sequence[Survey], target_spacing_mm: float) -> int:
-    """The smallest multiple of 32 px that covers the foreground seen, with a margin of 10 %.
+    """Proposes the least multiple of 32 px that covers the foreground seen, and 10 % more.
 
     About the centre of the image, where volumes are cropped and padded; the margin ends with the
     largest image.
@@ -76,7 +76,7 @@ def propose_image_size(turned: Sequence[Survey], target_spacing_mm: float) -> in
 def propose_label_values(
     folder: Path, surveys: Sequence[Survey], ignore_value: int | None
 ) -> tuple[tuple[int, ...], list[str]]:
-    """The foreground values that the masks looked at show, ascending, and warnings of others.
+    """Proposes the foreground values that the masks looked at show, and warns of others.
 
     Others are left out: they are in so few voxels of so few masks that a hand has slipped.
 
@@ -134,7 +134,7 @@ def propose_label_values(
 
 
 def propose_class_names(folder: Path, label_values: Sequence[int]) -> tuple[str, ...]:
-    """Names from dataset.json, or class_<value>."""
+    """Proposes names from dataset.json, or class_<value>."""
     listed = listed_names(folder)
     return tuple(listed.get(v) or f"class_{v}" for v in label_values)
 
@@ -142,7 +142,7 @@ def propose_class_names(folder: Path, label_values: Sequence[int]) -> tuple[str,
 def propose_windows(
     folder: Path, channels: Sequence[int], labeled: Sequence[Files], label_values: Sequence[int]
 ) -> tuple[tuple[float, float] | None, ...]:
-    """Of each channel that is CT, percentiles of the intensities in the foreground; else None.
+    """Proposes percentiles of the foreground's intensities for each channel that is CT; else None.
 
     Args:
       folder: holds dataset.json.

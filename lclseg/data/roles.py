@@ -18,7 +18,7 @@ from lclseg.data.survey import NAMED
 
 
 def patient_of_case(data: ConfigDict, files: Sequence[Files]) -> dict[str, str]:
-    """The patient of each case."""
+    """Finds the patient of each case."""
     ids = [f.case_id for f in files]
     return patients_of(ids) if data.patients_by_name else {i: i for i in ids}
 
@@ -26,7 +26,7 @@ def patient_of_case(data: ConfigDict, files: Sequence[Files]) -> dict[str, str]:
 def draw_roles(
     folder: Path, data: ConfigDict, files: Sequence[Files], start_from: str
 ) -> tuple[dict[str, Any], list[str]]:
-    """Lists of patients by role, with the whole pool and those with a mask; what is worth telling.
+    """Draws lists of patients by role, with the whole pool and those with a mask; and notes.
 
     By names alone: no mask is opened.
     """
@@ -82,7 +82,7 @@ def keep_roles(
     num_validation: int,
     for_test: Collection[str] = (),
 ) -> tuple[dict[str, tuple[str, ...]], list[str]]:
-    """The roles of the run that this one starts from; patients who have got a mask since learn.
+    """Keeps the roles of the run that this one starts from; patients with a new mask learn.
 
     So no patient that the weights have learnt from is tested on, and a corrected mask is used.
 

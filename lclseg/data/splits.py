@@ -170,7 +170,7 @@ def check_num_validation(num_validation: int, listed: Sequence[str]) -> None:
 
 
 def empty_masks(role: str, names: Sequence[str]) -> SplitError:
-    """The error where nothing can be learnt from, chosen by or tested on the masks of a role."""
+    """Makes the error where a role's masks have nothing to learn from, choose by or test on."""
     return SplitError(
         f"the masks of data.{role} ({', '.join(names[:8])}) show no class at all; set data.{role} "
         "to others, or, of own data, draw anew with another data.draw_seed"
@@ -178,7 +178,7 @@ def empty_masks(role: str, names: Sequence[str]) -> SplitError:
 
 
 def choose_lists(data_config) -> dict[str, tuple[str, ...]]:
-    """The patients of each role, by `config.data` alone.
+    """Chooses the patients of each role, by `config.data` alone.
 
     `data.splits[num_labeled][split]` holds the labelled and validation patients; `data.pool` and
     `data.test_patients` the others. A non-empty `data.labeled`, `data.unlabeled`,

@@ -48,7 +48,7 @@ class Survey(NamedTuple):
         return self.files.case_id
 
     def along(self, wanted: str) -> "Survey":
-        """The same with shape, spacing and reach along the axes of an orientation."""
+        """Turns shape, spacing and reach to the axes of an orientation."""
         axes = orientation.nearest(self.affine, self.spacing_mm, wanted).axes
         return self._replace(
             shape=tuple(self.shape[a] for a in axes),
@@ -111,7 +111,7 @@ def _reach(occupied: np.ndarray) -> float:
 def survey(
     files: Sequence[Files], label_values: Sequence[int] = (), *, seen: Collection[str]
 ) -> list[Survey]:
-    """`survey_case` of every case, on all cores: unpacking and counting hold no interpreter lock.
+    """Surveys every case, on all cores: unpacking and counting hold no interpreter lock.
 
     seen: ids of the cases whose masks are looked at.
 
@@ -139,7 +139,7 @@ def survey(
 
 
 def odd_headers(surveys: Sequence[Survey], wanted: str) -> list[str]:
-    """Warnings of headers that are unlike the others', a line each.
+    """Warns of headers that are unlike the others', a line each.
 
     Args:
       surveys: of all cases.
@@ -198,5 +198,5 @@ def _named(surveys: Sequence[Survey]) -> str:
 
 
 def voxels_in(s: Survey, value: int) -> str:
-    """How many voxels of a value a mask has, in words, with its path."""
+    """Tells how many voxels of a value a mask has, in words, with its path."""
     return f"{s.voxels[value]} voxel{'s' * (s.voxels[value] > 1)} of {s.files.label}"

@@ -51,14 +51,14 @@ RULES = {
 
 
 def in_second_phase(step: Array, period: int) -> Array:
-    """Whether a step, counted over the run, is of the second teacher; bool."""
+    """Tells whether a step, counted over the run, is of the second teacher; bool."""
     pair = jax.random.fold_in(jax.random.key(0), step // (2 * period))
     first = jax.random.randint(pair, (), period // 2, period + (period + 1) // 2 + 1)
     return step % (2 * period) >= first
 
 
 def combined(first: Array, second: Array) -> Array:
-    """Mean of two predictions [n, H, W, C], the more certain one counting more."""
+    """Averages two predictions [n, H, W, C], the more certain one counting more."""
 
     def weight(probs):
         return jnp.exp(jnp.sum(jax.scipy.special.xlogy(probs, probs), axis=-1, keepdims=True))
@@ -68,7 +68,7 @@ def combined(first: Array, second: Array) -> Array:
 
 
 def make(options: Any, base: Base) -> Method:
-    """The method; options: see configs/methods/ad_mt.py."""
+    """Makes the method; options: see configs/methods/ad_mt.py."""
 
     def terms(net, params, state, batch, key):
         labeled, weak, changed = (batch[v] for v in ("labeled", "unlabeled", "changed"))

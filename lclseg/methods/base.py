@@ -12,13 +12,13 @@ from lclseg.methods.contract import Augment, Base, Method
 
 
 def method_of(config: ConfigDict, num_classes: int) -> Method:
-    """The method `config.method.name`, a module of this folder, with its options."""
+    """Makes the method `config.method.name`, a module of this folder, with its options."""
     module = importlib.import_module(f"lclseg.methods.{config.method.name}")
     return module.make(config.method, base_of(config, num_classes))
 
 
 def base_of(config: ConfigDict, num_classes: int) -> Base:
-    """Supervised loss, augmentation and sizes of a config.
+    """Makes supervised loss, augmentation and sizes of a config.
 
     Args:
       config: complete.
@@ -47,7 +47,7 @@ def base_of(config: ConfigDict, num_classes: int) -> Base:
 
 
 def augmentation(options: ConfigDict) -> tuple[Augment, Augment, Augment]:
-    """What is done to a labelled slice; its geometry alone; its intensities alone."""
+    """Makes what is done to a labelled slice; its geometry alone; its intensities alone."""
     if options.strength == "strong":
 
         def move(key, image, label):
@@ -84,7 +84,7 @@ def augmentation(options: ConfigDict) -> tuple[Augment, Augment, Augment]:
 
 
 def segmentation_loss(logits, labels, *, kind, class_weights, axis_name=None):
-    """The supervised loss of each image: [n, H, W, C], [n, H, W] -> [n].
+    """Makes the supervised loss of each image: [n, H, W, C], [n, H, W] -> [n].
 
     Its mean over the images of the global batch is the loss; a term of the whole batch counts the
     same in each. Pixels of `losses.IGNORE` do not count.

@@ -47,7 +47,7 @@ CONFIG_RULES = {"optimizer.ema_decay": AVERAGED}
 
 
 def make(options: Any, base: Base) -> Method:
-    """The method; options: see configs/methods/bcp.py."""
+    """Makes the method; options: see configs/methods/bcp.py."""
 
     def boxes(key: Array, number: int, shape: tuple[int, int], axis_name: str | None) -> Array:
         keys = slice_keys(named_key(key, "boxes"), number, axis_name)

@@ -108,7 +108,7 @@ class Method(NamedTuple):
 
 
 def mean_of(values: Array, is_counted: Array, weight: Array | float = 1.0) -> Term:
-    """The term that is the mean of losses, of slices [n] or pixels [n, H, W], over those counted.
+    """Makes the term that is the mean of the losses counted, of slices [n] or pixels [n, H, W].
 
     Args:
       values: the losses.
@@ -121,7 +121,7 @@ def mean_of(values: Array, is_counted: Array, weight: Array | float = 1.0) -> Te
 def segmentation_term(
     base: Base, logits: Array, label: Array, axis_name: str | None, weight: Array | float = 1.0
 ) -> Term:
-    """The config's supervised loss on all pixels with a label; slices without one do not count."""
+    """Makes the config's loss on all pixels with a label; slices without one do not count."""
     counted = jnp.any(label != IGNORE, axis=(1, 2))
     return mean_of(base.segmentation(logits, label, axis_name), counted, weight)
 
@@ -129,7 +129,7 @@ def segmentation_term(
 def batch_dice_term(
     logits: Array, label: Array, axis_name: str | None, weight: Array | float = 1.0
 ) -> Term:
-    """Soft Dice loss of all slices of all devices as one image; pixels of `IGNORE` do not count.
+    """Makes the soft Dice loss of all devices' slices as one image; `IGNORE` does not count.
 
     Args:
       logits: [n, H, W, C].
@@ -143,12 +143,12 @@ def batch_dice_term(
 
 
 def draw_from(records: np.ndarray, rng: np.random.Generator, size: int) -> np.ndarray:
-    """Record numbers [size]; without replacement where there are enough slices."""
+    """Draws record numbers [size]; without replacement where there are enough slices."""
     return rng.choice(records, size, replace=len(records) < size)
 
 
 def unlabeled_sampler(base: Base) -> Callable[[Pool, Pool], Draw]:
-    """The sampler of one group, "unlabeled": slices of the unlabelled pool, whatever they show."""
+    """Makes the sampler of one group, "unlabeled": slices of the pool, whatever they show."""
 
     def sampler(labeled: Pool, unlabeled: Pool) -> Draw:
         return lambda rng: {
@@ -159,12 +159,12 @@ def unlabeled_sampler(base: Base) -> Callable[[Pool, Pool], Draw]:
 
 
 def ramp_up(progress: Array) -> Array:
-    """exp(-5 (1 - t)^2), t in [0, 1] the part of the stage that is done (arXiv:1610.02242)."""
+    """Computes exp(-5 (1 - t)^2), t in [0, 1] the part of the stage done (arXiv:1610.02242)."""
     return jnp.exp(-5 * (1 - progress) ** 2)
 
 
 def confident_label(probs: Array, threshold: float) -> Array:
-    """[n, H, W] uint8: the most probable class of [n, H, W, C], `IGNORE` below the threshold."""
+    """Chooses the most probable class of [n, H, W, C], `IGNORE` below the threshold; uint8."""
     label = jnp.argmax(probs, axis=-1).astype(jnp.uint8)
     return jnp.where(jnp.max(probs, axis=-1) >= threshold, label, IGNORE)
 

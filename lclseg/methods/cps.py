@@ -34,7 +34,7 @@ RULES = {"weight": NOT_NEGATIVE}
 
 
 def make(options: Any, base: Base) -> Method:
-    """The method; `options` has `weight`, see configs/methods/cps.py."""
+    """Makes the method; `options` has `weight`, see configs/methods/cps.py."""
 
     def segment_by_both(net, params, state, images):
         """Logits [2, n, H, W, C] by group, and both networks' statistics.

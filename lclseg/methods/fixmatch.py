@@ -31,7 +31,7 @@ RULES = {"weight": NOT_NEGATIVE, "threshold": SHARE_BELOW_1}
 
 
 def make(options: Any, base: Base) -> Method:
-    """The method; options: see configs/methods/fixmatch.py."""
+    """Makes the method; options: see configs/methods/fixmatch.py."""
 
     def terms(net, params, state, batch, key):
         weak = {"weak": batch["weak"].image}

@@ -68,7 +68,7 @@ class Pairs(NamedTuple):
 def draw_pairs(
     rng: np.random.Generator, labeled: np.ndarray, pseudo: np.ndarray, composition: Pairs
 ) -> np.ndarray:
-    """Record numbers [2 P], pair after pair, from those of labelled and pseudo-labelled slices."""
+    """Draws record numbers [2 P], pair after pair, of labelled and pseudo-labelled slices."""
     pairs = []
     for _ in range(composition.labeled_self):
         pairs.append([rng.choice(labeled)] * 2)
@@ -84,7 +84,7 @@ def draw_pairs(
 def contrastive_term(
     key: Array, embeddings: Array, labels: Array, options: Any, *, num_classes: int, axis_name
 ) -> Term:
-    """Mean over the pairs that show any of the classes; embeddings [2 P, H, W, E].
+    """Averages over the pairs that show any of the classes; embeddings [2 P, H, W, E].
 
     Labels [2 P, H, W]; slices 2 i and 2 i + 1 are a pair.
     """
@@ -117,7 +117,7 @@ def contrastive_term(
 
 
 def make(options: Any, base: Base) -> Method:
-    """The method; options: see configs/methods/local_contrastive.py."""
+    """Makes the method; options: see configs/methods/local_contrastive.py."""
     classes = options.view_min_classes or base.num_classes
 
     def sampler(labeled: Pool, unlabeled: Pool):

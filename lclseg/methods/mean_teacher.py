@@ -35,7 +35,7 @@ CONFIG_RULES = {"optimizer.ema_decay": AVERAGED}
 
 
 def make(options: Any, base: Base) -> Method:
-    """The method; options: see configs/methods/mean_teacher.py."""
+    """Makes the method; options: see configs/methods/mean_teacher.py."""
 
     def with_noise(key, image, label):
         noise = {"sigma": options.noise_sigma, "bound": options.noise_bound}

@@ -73,7 +73,7 @@ class EmbeddingHead(nn.Module):
 
 
 def rectified_loss(clean: Array, view: Array, *, sharpening: float) -> Array:
-    """Rectified pseudo supervision of logits [..., C] by those of the clean slice: [...]."""
+    """Computes the rectified loss of logits [..., C] by those of the clean slice: [...]."""
     clean = jax.lax.stop_gradient(clean)
     log_view = jax.nn.log_softmax(view)
     divergence = jnp.sum(jax.nn.softmax(clean) * (jax.nn.log_softmax(clean) - log_view), axis=-1)
@@ -82,7 +82,7 @@ def rectified_loss(clean: Array, view: Array, *, sharpening: float) -> Array:
 
 
 def agreement_loss(first: Array, second: Array) -> Array:
-    """1 - cosine of the probabilities of two logits [..., C]: [...]."""
+    """Computes 1 - cosine of the probabilities of two logits [..., C]: [...]."""
     return 1 - jnp.sum(unit(jax.nn.softmax(first)) * unit(jax.nn.softmax(second)), axis=-1)
 
 
@@ -93,7 +93,7 @@ def unit(vectors: Array) -> Array:
 
 
 def cell_probs(logits: Array, cells: tuple[int, int]) -> Array:
-    """Mean probabilities [n, h, w, C] of the cells of logits [n, H, W, C]; no gradient."""
+    """Averages probabilities in the cells of logits [n, H, W, C]: [n, h, w, C]; no gradient."""
     n, height, width, classes = logits.shape
     rows, columns = cells
     probs = jax.nn.softmax(jax.lax.stop_gradient(logits))
@@ -104,7 +104,7 @@ def cell_probs(logits: Array, cells: tuple[int, int]) -> Array:
 def most_confident(
     embeddings: Array, probs: Array, *, number: int, axis_name: str | None
 ) -> tuple[Array, Array]:
-    """For each class c the negatives of its anchors: cells of another class, most confident first.
+    """Takes for each class c its anchors' negatives: cells of others, most confident first.
 
     Args:
       embeddings: [n, h, w, E] of length 1.
@@ -142,7 +142,7 @@ def contrastive_loss(
     *,
     temperature: float,
 ) -> Array:
-    """InfoNCE of each cell, [n, h, w].
+    """Computes InfoNCE of each cell, [n, h, w].
 
     Args:
       anchor, positive: [n, h, w, E] of length 1.
@@ -158,7 +158,7 @@ def contrastive_loss(
 
 
 def make(options: Any, base: Base) -> Method:
-    """The method; options: see configs/methods/rcps.py."""
+    """Makes the method; options: see configs/methods/rcps.py."""
 
     def view(key, image, label):
         number_key, apply_key, noise_key = jax.random.split(key, 3)

@@ -53,7 +53,7 @@ RULES = {
 
 @functools.cache
 def distant_permutations(number: int, num_tiles: int = 9) -> np.ndarray:
-    """[number, num_tiles] uint8, the same in every run.
+    """Chooses permutations, [number, num_tiles] uint8, the same in every run.
 
     From the identity on, each is the one whose smallest Hamming distance to those before is
     largest; of several the first in alphabetical order.
@@ -77,7 +77,7 @@ def distant_permutations(number: int, num_tiles: int = 9) -> np.ndarray:
 
 
 def rearrange(slice_: Array, order: Array) -> Array:
-    """Tile i of the result is tile order[i] of [H, W, ...]; tiles are numbered row by row."""
+    """Puts tile order[i] of [H, W, ...] in place of tile i; tiles are numbered row by row."""
     (height, width), rest = (side // 3 for side in slice_.shape[:2]), slice_.shape[2:]
     tiled = slice_[: 3 * height, : 3 * width]
     tiles = tiled.reshape(3, height, 3, width, *rest).swapaxes(1, 2)
@@ -103,22 +103,22 @@ class PermutationHead(nn.Module):
 
 
 def index_loss(logits: Array, index: Array) -> Array:
-    """Cross-entropy [n] of logits [n, K] and the permutations' numbers [n]."""
+    """Computes the cross-entropy [n] of logits [n, K] and the permutations' numbers [n]."""
     return -jnp.take_along_axis(jax.nn.log_softmax(logits), index[:, None], axis=1)[:, 0]
 
 
 def make(options: Any, base: Base) -> Method:
-    """The method; options: see configs/methods/self_loop.py."""
+    """Makes the method; options: see configs/methods/self_loop.py."""
     permutations = jnp.asarray(distant_permutations(options.num_permutations))
 
     def permuted(key, image: Array, axis_name) -> tuple[Array, Array]:
-        """Each slice by a permutation of its own: its number [n], and the slices [n, H, W]."""
+        """Permutes each slice by one of its own: its number [n], and the slices [n, H, W]."""
         keys = slice_keys(key, len(image), axis_name)
         index = jax.vmap(lambda k: jax.random.randint(k, (), 0, options.num_permutations))(keys)
         return index, jax.vmap(rearrange)(image, permutations[index])
 
     def predictions(net, params, batch_stats, image: Array, key) -> Array:
-        """Of the Q encoders, [Q, n, H, W, C]."""
+        """Predicts by each of the Q encoders, [Q, n, H, W, C]."""
         params = jax.lax.stop_gradient(params)
 
         def loss(trunk, image, index):

@@ -35,7 +35,7 @@ RULES = {"weight": NOT_NEGATIVE, "copy_paste": YES_NO}
 def copy_paste(
     key: Array, first: Slices, second: Slices, axis_name: str | None
 ) -> tuple[Array, Array, Array]:
-    """Both mixtures of each pair of slices; n pairs, 2 n mixtures.
+    """Makes both mixtures of each pair of slices; n pairs, 2 n mixtures.
 
     Args:
       key: of the boxes.
@@ -58,7 +58,7 @@ def copy_paste(
 
 
 def make(options: Any, base: Base) -> Method:
-    """The method; options: see configs/methods/self_training.py."""
+    """Makes the method; options: see configs/methods/self_training.py."""
 
     def sampler(labeled, unlabeled):
         return lambda rng: {

@@ -15,7 +15,7 @@ RULES: dict[str, Rule] = {}
 
 
 def make(options: Any, base: Base) -> Method:
-    """The method; it has no options."""
+    """Makes the method; it has no options."""
 
     def terms(net, params, state, batch, key):
         labeled = batch["labeled"]

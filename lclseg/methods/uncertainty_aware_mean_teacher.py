@@ -44,12 +44,12 @@ CONFIG_RULES = {"optimizer.ema_decay": AVERAGED}
 
 
 def entropy(probs: Array) -> Array:
-    """-sum_c p_c log p_c of [..., C]; 0 log 0 is 0."""
+    """Computes -sum_c p_c log p_c of [..., C]; 0 log 0 is 0."""
     return -jnp.sum(jax.scipy.special.xlogy(probs, probs), axis=-1)
 
 
 def make(options: Any, base: Base) -> Method:
-    """The method; options: see configs/methods/uncertainty_aware_mean_teacher.py."""
+    """Makes the method; options: see configs/methods/uncertainty_aware_mean_teacher.py."""
 
     def with_noise(key, image):
         noise = {"sigma": options.noise_sigma, "bound": options.noise_bound}

@@ -50,7 +50,7 @@ RULES = {
 
 
 def make(options: Any, base: Base) -> Method:
-    """The method; options: see configs/methods/unimatch.py."""
+    """Makes the method; options: see configs/methods/unimatch.py."""
 
     def sampler(labeled, unlabeled):
         # Slice 2 i is learnt from, slice 2 i + 1 is its partner in CutMix: a pair stays together,
@@ -59,7 +59,7 @@ def make(options: Any, base: Base) -> Method:
         return lambda rng: {"unlabeled": draw_from(unlabeled.records, rng, size)}
 
     def masks(key, slices, axis_name):
-        """Where a slice shows, and not its partner."""
+        """Draws where a slice shows, and not its partner."""
 
         def one(key):
             return cutmix_mask(

@@ -24,7 +24,7 @@ def line_chart(
     y_limits: tuple[float | None, float | None] = (None, None),
     has_legend: bool = True,
 ) -> str:
-    """Lines over steps, those that have a value; "" where none has."""
+    """Draws lines over steps, those that have a value; "" where none has."""
     lines = [line for line in lines if not np.isnan(line.y).all()]
     if not lines:
         return ""

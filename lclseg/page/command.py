@@ -12,7 +12,7 @@ MISSING = object()
 
 
 def reproducing_command(config: dict) -> str | None:
-    """The command that gives this config, by the config files as they are now; None: there is none.
+    """Finds the command that gives this config, by today's config files; None: there is none.
 
     Values other than those of `configs/<data set>.py` become overrides, one a line.
     """

@@ -31,7 +31,7 @@ PAGE = """<!DOCTYPE html>
 
 
 def document(title: str, body: Iterable[str]) -> str:
-    """A page; `title` is plain text. The ids in its figures get a number before them."""
+    """Makes a page; `title` is plain text. The ids in its figures get a number before them."""
     numbers = itertools.count()
 
     def numbered(svg: re.Match) -> str:
@@ -65,7 +65,7 @@ def figure(svg: str, caption: str) -> str:
 def table(
     head: Sequence[str], rows: Iterable[Sequence[str]], marked: Sequence[int] = (), kind: str = ""
 ) -> str:
-    """A table of plain text cells; the first of each row is its head, `marked` rows stand out.
+    """Makes a table of plain text; the first cell of a row is its head, `marked` rows stand out.
 
     `kind` "runs" has room for runs' names, "text" likewise, for cells of words.
     """
@@ -81,7 +81,7 @@ def table(
 
 
 def key(name: str, color: str, shape: str, link: str = "") -> str:
-    """An entry of a legend: plain text after a patch of a CSS colour, "line", "dot" or "area"."""
+    """Makes a legend's entry: text after a patch of a CSS colour, "line", "dot" or "area"."""
     patch = f'<i class="{shape}" style="--key: {color}"></i>{text(name)}'
     return f'<a href="{link}">{patch}</a>' if link else f"<span>{patch}</span>"
 

@@ -57,7 +57,7 @@ def series(number: int) -> list[str]:
 
 
 def css(color: str) -> str:
-    """A colour as CSS: that of a chart changes with the theme."""
+    """Writes a colour as CSS: that of a chart changes with the theme."""
     return f"var(--{_VARIABLES[color]})" if color in _VARIABLES else color
 
 
@@ -79,7 +79,7 @@ def line_chart(
     marks: Sequence[tuple[float, str]] = (),
     y_limits: tuple[float | None, float | None] = (None, None),
 ) -> str:
-    """Lines over steps, with upright rules at `marks` (x, text)."""
+    """Draws lines over steps, with upright rules at `marks` (x, text)."""
 
     def draw(figure):
         axes = figure.subplots()
@@ -109,7 +109,7 @@ def strip_chart(
     num_places: int,
     color: str = MUTED,
 ) -> str:
-    """Values as points in columns, each over its name, a bar and a number at each mean.
+    """Draws values as points in columns, each over its name, a bar and a number at each mean.
 
     The n-th values of the columns are of one thing, and joined by a thin line. None: no point.
     Charts with the same `num_places`, for columns, are drawn to the same scale.
@@ -180,7 +180,7 @@ def row_chart(rows: Mapping[str, Sequence[Sequence[float | None]]]) -> str:
 
 
 def overlay(image: np.ndarray, *, filled: np.ndarray | None, outlined: np.ndarray | None) -> str:
-    """A slice with one labelling as areas and one as outlines, class k in colour k - 1.
+    """Draws a slice with one labelling as areas and one as outlines, class k in colour k - 1.
 
     Args:
       image: [X, Y] in [0, 1], clipped; X goes right, Y up.

@@ -18,7 +18,7 @@ def page(
     dice: Mapping[str, Sequence[Mapping[str, float | None]]],
     runs: Mapping[str, RecordedRun],
 ) -> str:
-    """The page.
+    """Makes the page.
 
     Args:
       title: plain text.
@@ -41,7 +41,7 @@ def page(
 
 
 def worst_volumes(own: Sequence[Mapping[str, float | None]]) -> list[tuple[str, float]]:
-    """The test volumes of the lowest Dice, mean over the runs that tested it; worst first."""
+    """Finds the test volumes of the lowest Dice, mean over the runs that tested it; worst first."""
     found: dict[str, list[float]] = {}
     for run in own:
         for volume_id, value in run.items():

@@ -22,7 +22,7 @@ def page(run: RecordedRun) -> str:
 
 
 def header(run: RecordedRun, heading: str) -> str:
-    """What the run is of, and, where it is not finished, how far it has come."""
+    """Tells what the run is of, and, where it is not finished, how far it has come."""
     lines = [heading]
     roles = run.results.get("volumes")
     if roles:
@@ -43,7 +43,7 @@ def header(run: RecordedRun, heading: str) -> str:
 
 
 def sections(run: RecordedRun, level: int) -> Iterator[str]:
-    """All on one run, under headings of a level."""
+    """Shows all on one run, under headings of a level."""
     if run.stages:
         yield section(level, "Summary", *_summary(run))
     yield section(level, "Learning curves", *_curves(run))

@@ -21,7 +21,7 @@ NUM_CHANGED = 3  # volumes shown whose pseudo-labels changed most
 
 
 def test_pictures(run: RecordedRun) -> Iterator[str]:
-    """Best, median and worst test volume of the chosen stage: by baseline, it and last stage."""
+    """Shows best, median and worst test volume of the chosen stage: by baseline, it and last."""
     if run.prepared is None:
         yield note(f"No pictures: {run.why_no_pictures}.")
         return
@@ -72,7 +72,7 @@ def _predictions(run: RecordedRun, prepared: PreparedSet, volume_id: str) -> Ite
 
 
 def side_by_side(runs: Mapping[str, RecordedRun], volume_id: str) -> Iterator[str]:
-    """A test volume by the last weights of several runs' last stages, each under its name."""
+    """Shows a test volume by the last weights of several runs, each under its name."""
     run = next(iter(runs.values()))
     if run.prepared is None or volume_id not in run.prepared.volumes:
         yield note(f"No pictures: {run.why_no_pictures or 'the volume is not prepared'}.")
@@ -96,7 +96,7 @@ def side_by_side(runs: Mapping[str, RecordedRun], volume_id: str) -> Iterator[st
 
 
 def changed_pictures(run: RecordedRun) -> Iterator[str]:
-    """The volumes whose pseudo-labels changed most from one round to the next, by all rounds."""
+    """Shows the volumes whose pseudo-labels changed most between rounds, by all rounds."""
     if run.prepared is None:
         yield note(f"No pictures: {run.why_no_pictures}.")
         return
@@ -191,7 +191,7 @@ def _read_prediction(prepared: PreparedSet, volume_id: str, path: Path) -> np.nd
 
 
 def box(labels: list[np.ndarray]) -> tuple[slice, slice]:
-    """A square around the foreground of all labels [H, W], with a margin, inside the slice."""
+    """Finds a square about the foreground of all labels [H, W], with a margin, within the slice."""
     size = labels[0].shape[0]
     foreground = np.any([(label > 0) & (label < 255) for label in labels], axis=0)
     if not foreground.any():

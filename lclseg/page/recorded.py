@@ -23,7 +23,7 @@ class RunError(UserError):
 
 
 def named(stage: str) -> str:
-    """A stage in words, such as "round 1"."""
+    """Names a stage in words, such as "round 1"."""
     return stage.replace("_", " ")
 
 
@@ -82,11 +82,11 @@ class RecordedRun(NamedTuple):
         return [key for key in keys if key.endswith("_loss")]
 
     def logged(self, key: str) -> Curve:
-        """Values of a key of metrics.jsonl."""
+        """Reads the values of a key of metrics.jsonl."""
         return self._joined(lambda stage: self._lines_of(stage, key))
 
     def validation_dice(self, class_name: str | None = None) -> Curve:
-        """Of a class, or the mean; of a stage in progress the mean only."""
+        """Reads validation Dice, of a class or the mean; of a stage in progress the mean only."""
 
         def points(stage: str) -> list[tuple[int, float | None]]:
             if stage not in self.stages:
@@ -99,7 +99,7 @@ class RecordedRun(NamedTuple):
         return self._joined(points)
 
     def best_validation_dice(self) -> Curve:
-        """The best mean of each finished stage."""
+        """Reads the best mean of each finished stage."""
         best = {
             s: max(r["validation"], key=lambda e: e["mean_dice"])
             for s, r in self.stages.items()
@@ -122,7 +122,7 @@ class RecordedRun(NamedTuple):
         return x, np.array(y, float)
 
     def test_dice(self, class_name: str | None = None) -> dict[str, list[float | None]]:
-        """By finished stage, in words: the test volumes' Dice, of a class or the mean."""
+        """Reads, by finished stage, in words: the test volumes' Dice, of a class or the mean."""
         return {
             named(stage): [
                 record["dice"][class_name] if class_name else record["mean_dice"]
@@ -132,7 +132,7 @@ class RecordedRun(NamedTuple):
         }
 
     def pseudo_label_reports(self) -> dict[str, dict]:
-        """By round, what is reported on the pseudo-labels that it trains on.
+        """Reads, by round, what is reported on the pseudo-labels that it trains on.
 
         One more than there are rounds, once the finished model has segmented the pool.
         """
@@ -147,7 +147,7 @@ class RecordedRun(NamedTuple):
         return reports
 
     def used_by(self, name: str) -> str:
-        """Who trains on a round's pseudo-labels, in words; none on the final ones."""
+        """Tells who trains on a round's pseudo-labels, in words; none on the final ones."""
         rounds = self.config["rounds"]["num_rounds"]
         return f"after round {rounds}" if name == f"round_{rounds + 1}" else named(name)
 
@@ -175,7 +175,7 @@ def read_run(
 
 
 def find_prepared(config: dict) -> tuple[PreparedSet | None, str]:
-    """The prepared set of a config read from JSON, or None and why; nothing is prepared."""
+    """Finds the prepared set of a config read from JSON, or None and why; prepares nothing."""
     keys = ("name", "image_size", "target_spacing_mm", "n4_shrink_factor", "data_dir", "manual_dir")
     data = config["data"]
     grid = {k: v for k, v in data.items() if k in keys}  # an old config may lack one
@@ -186,7 +186,7 @@ def find_prepared(config: dict) -> tuple[PreparedSet | None, str]:
 
 
 def names_of(workdirs: Sequence[Path]) -> list[str]:
-    """What tells the folders apart: their paths without the parts that all begin and end with."""
+    """Names folders by what differs: paths without the parts that all begin and end with."""
     parts = [w.parts for w in workdirs]
     if len(parts) == 1:
         return [workdirs[0].name]

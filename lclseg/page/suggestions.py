@@ -44,7 +44,7 @@ def page(
     *,
     keep_largest: Sequence[Kind],
 ) -> str:
-    """The page, as HTML.
+    """Makes the page, as HTML.
 
     Args:
       config: of the run, read from JSON.

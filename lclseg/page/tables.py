@@ -16,7 +16,7 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
 
 
 def gain(stages: Mapping[str, dict], stage: str, spec: str) -> str:
-    """What a stage's mean test Dice is above the baseline's; "" for the baseline."""
+    """Subtracts the baseline's mean test Dice from a stage's; "" for the baseline."""
     if stage == "baseline":
         return ""
     dice, before = (stages[name]["test"]["mean_dice"] for name in (stage, "baseline"))
@@ -24,7 +24,7 @@ def gain(stages: Mapping[str, dict], stage: str, spec: str) -> str:
 
 
 def score_cells(test: Mapping, classes: Sequence[str], spec: str) -> list[str]:
-    """Of a stage's test: Dice of each class, mean HD95 and ASSD in mm."""
+    """Shows a stage's test: Dice of each class, mean HD95 and ASSD in mm."""
     return [
         *(number(test["dice_per_class"].get(name), spec) for name in classes),
         number(test["mean_hausdorff95_mm"], ".2f"),
@@ -35,7 +35,7 @@ def score_cells(test: Mapping, classes: Sequence[str], spec: str) -> list[str]:
 def stage_cells(
     stages: Mapping[str, dict], stage: str, classes: Sequence[str], spec: str
 ) -> list[str]:
-    """Validation Dice; test Dice, its gain over the baseline, by class; HD95, ASSD; missed; last.
+    """Shows validation Dice; test Dice, its gain, by class; HD95, ASSD; missed; last.
 
     The last is the test Dice of the stage's last weights, as against those that validation chose.
     """
@@ -52,12 +52,12 @@ def stage_cells(
 
 
 def largest_component_cell(result: Mapping, spec: str) -> str:
-    """Mean test Dice of a stage where the largest component is kept; "-" where none is."""
+    """Shows mean test Dice of a stage where the largest component is kept; "-" where none is."""
     return number(result["test"].get("largest_component", {}).get("mean_dice"), spec)
 
 
 def pseudo_label_cells(report: Mapping, spec: str) -> list[str]:
-    """Volumes, rejected, empty; confidence; Dice with the round before and with hidden truth."""
+    """Counts volumes, rejected, empty; shows confidence, Dice with the last round and the truth."""
     return [
         str(report["num_volumes"]),
         str(len(report["gate"]["rejected"])) if report["gate"] else "-",

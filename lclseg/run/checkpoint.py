@@ -47,7 +47,7 @@ def naming(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def open_stage(folder: Path, *, read_only: bool = False) -> Iterator[ocp.CheckpointManager | None]:
-    """Manager of a stage's checkpoints; saves are asynchronous.
+    """Opens the manager of a stage's checkpoints; saves are asynchronous.
 
     `read_only`: it changes nothing in the folder, where another process may be training.
 
@@ -88,12 +88,12 @@ def open_stage(folder: Path, *, read_only: bool = False) -> Iterator[ocp.Checkpo
 
 
 def latest_step(manager: ocp.CheckpointManager | None) -> int:
-    """Step of the newest checkpoint, 0 if there is none."""
+    """Finds the step of the newest checkpoint, 0 if there is none."""
     return multihost.json_from_first((manager and manager.latest_step()) or 0)
 
 
 def best(manager: ocp.CheckpointManager | None) -> tuple[int, float]:
-    """Step and validation Dice of the best checkpoint; 0 and `UNVALIDATED` if there is none."""
+    """Finds step and validation Dice of the best checkpoint; 0 and `UNVALIDATED` without one."""
     found = (0, UNVALIDATED)
     if manager is not None and (step := manager.best_step()) is not None:
         found = (step, manager.metrics(step)["dice"])
@@ -102,14 +102,14 @@ def best(manager: ocp.CheckpointManager | None) -> tuple[int, float]:
 
 
 def validation_dice(manager: ocp.CheckpointManager | None, step: int) -> float | None:
-    """Validation Dice of the checkpoint of a step, None where it was not validated."""
+    """Reads validation Dice of the checkpoint of a step, None where it was not validated."""
     dice = UNVALIDATED if manager is None else manager.metrics(step)["dice"]
     dice = multihost.json_from_first(dice)
     return dice if dice > UNVALIDATED else None
 
 
 def chosen(manager: ocp.CheckpointManager | None) -> tuple[int, float | None]:
-    """Step and validation Dice of the best checkpoint; the newest and None if none is validated."""
+    """Finds step and validation Dice of the best checkpoint; else the newest, and None."""
     step, dice = best(manager)
     return (step, dice) if dice > UNVALIDATED else (latest_step(manager), None)
 
@@ -155,7 +155,7 @@ def finish(manager: ocp.CheckpointManager | None) -> None:
 def restore(
     manager: ocp.CheckpointManager | None, step: int, like: TrainState
 ) -> tuple[TrainState, Any]:
-    """State and progress saved at `step`; `like` gives structure, shapes and placement."""
+    """Restores state and progress saved at `step`; `like` gives structure, shapes and placement."""
     state, progress = like, None
     if manager is not None:
         items = ocp.args.Composite(

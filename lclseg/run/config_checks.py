@@ -169,7 +169,7 @@ def check_classes(config: ConfigDict, class_names: Sequence[str]) -> None:
 
 
 def units_per_batch(config: ConfigDict) -> dict[str, int]:
-    """How much of each kind a global batch holds; devices share it equally."""
+    """Tells how much of each kind a global batch holds; devices share it equally."""
     units = {
         "data.labeled_batch_size": config.data.labeled_batch_size,
         "data.unlabeled_batch_size": config.data.unlabeled_batch_size,

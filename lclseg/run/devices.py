@@ -27,7 +27,7 @@ logger = logging.getLogger("lclseg")
 
 
 def set_up_jax(num_cpu_devices: int) -> None:
-    """Logging, the compilation cache and CPU devices; runs before JAX's first computation."""
+    """Sets up logging, compilation cache and CPU devices; runs before JAX's first computation."""
     # Orbax and TFDS log by the page, and raise what they log as errors.
     absl.logging.set_verbosity(absl.logging.FATAL)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
@@ -41,7 +41,7 @@ def set_up_jax(num_cpu_devices: int) -> None:
 
 
 def tell_of_thread(failed: threading.ExceptHookArgs) -> None:
-    """One line where the disk stopped a thread (TensorBoard's), instead of a traceback."""
+    """Prints one line where the disk stopped a thread (TensorBoard's), instead of a traceback."""
     if issubclass(failed.exc_type, OSError):
         logger.warning("a thread that writes files stopped: %s", failed.exc_value)
     else:
@@ -49,7 +49,7 @@ def tell_of_thread(failed: threading.ExceptHookArgs) -> None:
 
 
 def over_devices(step: Callable, *, donate_state: bool) -> Callable:
-    """step(state, store, rows, ..., key), compiled; all but what follows the rows is per device.
+    """Compiles step(state, store, rows, ..., key); all but what follows the rows is per device.
 
     State, store and rows have a leading axis of local devices; what follows is the same on all.
     `donate_state`: the state's memory is used again, and the state given cannot be.
@@ -66,7 +66,7 @@ def over_devices(step: Callable, *, donate_state: bool) -> Callable:
 
 
 def steps_per_dispatch(log_every: int) -> int:
-    """How many steps one dispatch takes: all up to the next log line; on CPUs one.
+    """Chooses how many steps one dispatch takes: all up to the next log line; on CPUs one.
 
     XLA's convolutions on CPUs are several times slower within a loop (jax-ml/jax#12868).
     """
@@ -74,7 +74,7 @@ def steps_per_dispatch(log_every: int) -> int:
 
 
 def replicate(tree: Any) -> Any:
-    """One copy per device of this process, placed as the compiled steps return it.
+    """Makes one copy per device of this process, placed as the compiled steps return it.
 
     `flax.jax_utils.replicate` names its device axis differently: the second step would be compiled
     anew.
@@ -89,7 +89,7 @@ def replicate(tree: Any) -> Any:
 
 
 def unreplicate(tree: Any) -> Any:
-    """The first local device's copy.
+    """Takes the first local device's copy.
 
     Not `x[0]`, which is an all-reduce over the devices for each leaf: many of them at once may each
     hold a core, and wait for their other devices for ever.
@@ -98,30 +98,30 @@ def unreplicate(tree: Any) -> Any:
 
 
 def share(records: np.ndarray) -> np.ndarray:
-    """A global batch's rows [..., n] -> this process' share, [devices, ..., n / all devices]."""
+    """Takes this process' share of rows [..., n]: [devices, ..., n / all devices]."""
     own = np.split(records, jax.process_count(), axis=-1)[jax.process_index()]
     return np.stack(np.split(own, jax.local_device_count(), axis=-1)).astype(np.int32)
 
 
 def memory_bytes() -> int:
-    """Memory of one local device; on CPUs, where it is the host's, a share of a gigabyte."""
+    """Reads the memory of one local device; on CPUs, where it is the host's, takes 2 GiB."""
     stats = jax.local_devices()[0].memory_stats() or {}
     return stats.get("bytes_limit", 2**31)
 
 
 def peak_memory_bytes() -> int | None:
-    """The most that one local device has held at a time; None where the backend does not count."""
+    """Reads the most that one local device has held; None where the backend does not count."""
     stats = jax.local_devices()[0].memory_stats() or {}
     return stats.get("peak_bytes_in_use")
 
 
 def on_each(function: Callable) -> Callable:
-    """A function of arrays, compiled; all arguments have a leading axis of local devices."""
+    """Compiles a function of arrays; all arguments have a leading axis of local devices."""
     return jax.pmap(function, devices=jax.local_devices())
 
 
 def compiled_predict(model: UNet, angles: Sequence[float] = ()) -> Callable:
-    """(replicated state, images [N, M, H, W]) -> probabilities [N, M, H, W, C].
+    """Compiles (replicated state, images [N, M, H, W]) -> probabilities [N, M, H, W, C].
 
     With `angles`, radians, means over turned copies; see `test_time.mean_over_copies`.
     """

@@ -30,7 +30,7 @@ def step_bytes(config: ConfigDict) -> int:
 
 
 def available_bytes() -> int:
-    """Memory of all devices; of CPU devices the machine's, or what it grants this process."""
+    """Reads the memory of all devices; of CPUs the machine's, or what it grants this process."""
     devices = jax.devices()
     limits = [(d.memory_stats() or {}).get("bytes_limit") for d in jax.local_devices()]
     if devices[0].platform != "cpu" and all(limits):

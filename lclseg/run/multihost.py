@@ -33,7 +33,7 @@ SETTINGS = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 
 
 def settings(environment: Mapping[str, str] = os.environ) -> dict:
-    """What the variables `SETTINGS` say, as arguments of `connect`; {} where none is set.
+    """Reads the variables `SETTINGS` as arguments of `connect`; {} where none is set.
 
     Raises:
       ConfigError: some of the variables are missing or wrong.
@@ -96,7 +96,7 @@ def is_first() -> bool:
 
 
 def devices() -> list[jax.Device] | None:
-    """All devices, those of a process side by side; None, JAX's own order, in a single process."""
+    """Lists all devices, a process' side by side; None, JAX's own order, in a single process."""
     if not several():
         return None
     return sorted(jax.devices(), key=lambda d: (d.process_index, d.id))
@@ -104,7 +104,7 @@ def devices() -> list[jax.Device] | None:
 
 @contextlib.contextmanager
 def first_goes_first() -> Iterator[None]:
-    """The block runs in the first process, then in the others: what it prepares is there for them.
+    """Runs the block in the first process, then in the others, which find what it prepared.
 
     They wait on the coordinator, for up to a day: no backend's time limit for operations applies.
     """
@@ -122,7 +122,7 @@ def _wait() -> None:
 
 @contextlib.contextmanager
 def own_workdir(workdir: Path) -> Iterator[Path]:
-    """The workdir in the first process; elsewhere a temporary folder, which nobody will read."""
+    """Gives the workdir to the first process, to others a temporary folder that nobody reads."""
     if not several() or is_first():
         yield workdir
         return
@@ -131,7 +131,7 @@ def own_workdir(workdir: Path) -> Iterator[Path]:
 
 
 def arrays_from_first(tree: Any) -> Any:
-    """The first process' arrays; shapes and dtypes must be the same everywhere."""
+    """Gives every process the first one's arrays; shapes and dtypes must be the same everywhere."""
     return multihost_utils.broadcast_one_to_all(tree) if several() else tree
 
 
@@ -146,7 +146,7 @@ def bytes_from_first(content: bytes) -> bytes:
 
 
 def json_from_first(value: Any) -> Any:
-    """The first process' value, of what JSON can hold."""
+    """Gives every process the first one's value, of what JSON can hold."""
     if not several():
         return value
     return json.loads(bytes_from_first(json.dumps(value).encode()))
@@ -163,19 +163,19 @@ def file_from_first(path: Path) -> None:
 
 
 def any_process(flag: bool) -> bool:
-    """Whether the flag is set in any process; all must ask at the same place."""
+    """Tells whether the flag is set in any process; all must ask at the same place."""
     if not several():
         return flag
     return bool(np.any(multihost_utils.process_allgather(np.array(flag))))
 
 
 def share(rows: np.ndarray) -> np.ndarray:
-    """This process' part of a global batch [B, ...], B a multiple of the number of processes."""
+    """Takes this process' part of a global batch [B, ...], B a multiple of their number."""
     return np.split(rows, jax.process_count())[jax.process_index()]
 
 
 def predict_together(predict: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
-    """Slices -> probabilities, each process predicting its part of the slices for all of them.
+    """Predicts slices -> probabilities, each process its part, for all of them.
 
     Of several arguments each has an entry for every slice.
     """
@@ -206,7 +206,7 @@ def end(message: str) -> NoReturn:
 
 @contextlib.contextmanager
 def ending_together() -> Iterator[None]:
-    """An error ends one of several processes at once, which ends the others.
+    """Ends one of several processes at once on an error, which ends the others.
 
     Ending as Python does would wait for processes that in turn wait for this one.
     """

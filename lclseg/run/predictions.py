@@ -19,7 +19,7 @@ def predictor(
     finish: Callable | None = None,
     stoppable: bool = True,
 ) -> evaluation.Predict:
-    """A state's `batched_predictor`; of several processes, each predicts its part of the slices.
+    """Makes a state's `batched_predictor`; of several processes, each predicts its part.
 
     With `test_time_augmentation` the mean over turned copies, see `test_time`. It stops when asked
     to, if `stoppable`: not in validation, which belongs to the step before it.
@@ -42,7 +42,7 @@ def predictor(
 def refinement(
     config: ConfigDict, options: ConfigDict, *, upsampling: int = 1
 ) -> evaluation.Refine | None:
-    """What refines pseudo-labels, or predictions, whose `options` these are; see `evaluation`.
+    """Makes what refines pseudo-labels, or predictions, of these `options`; see `evaluation`.
 
     The CRF runs on all devices and in all processes, on a grid `upsampling` times as fine. That is
     for predictions alone: pseudo-labels are learnt on the training grid.

@@ -48,7 +48,7 @@ class Programs(NamedTuple):
 
 
 def copy_angles(config: ConfigDict) -> tuple[float, ...]:
-    """Angles, radians, of the copies that test-time augmentation predicts; see `test_time`."""
+    """Chooses angles, radians, of the copies that test-time augmentation predicts."""
     augment = config.augment
     strong = augment.strength == "strong"
     return test_time.copy_angles(
@@ -57,7 +57,7 @@ def copy_angles(config: ConfigDict) -> tuple[float, ...]:
 
 
 def stages(config: ConfigDict, method: Method) -> list[Stage]:
-    """The stages of a run, in order: the first one, then rounds, or all their steps as one stage.
+    """Lists the stages of a run: the first one, then rounds, or all their steps as one stage.
 
     A method without a sampler learns from labelled slices alone: all steps are its first stage.
     """
@@ -78,7 +78,7 @@ def stages(config: ConfigDict, method: Method) -> list[Stage]:
 
 
 def first_method(method: Method, base: Base) -> Method:
-    """What the first stage trains: the method's own pretraining, else supervised training.
+    """Chooses what the first stage trains: the method's own pretraining, else supervised training.
 
     Supervised training has no heads and no memory of the method, so that the first stages of most
     methods are one and the same.
@@ -90,7 +90,7 @@ def first_method(method: Method, base: Base) -> Method:
 
 
 def compile_programs(config: ConfigDict, model: UNet, method: Method, num_steps: int) -> Programs:
-    """The programs of one kind of stage; XLA compiles each when it is first called."""
+    """Makes the programs of one kind of stage; XLA compiles each when it is first called."""
     optimizer = make_optimizer(config.optimizer, num_steps)
     net = Net(model)
     step = functools.partial(
@@ -116,7 +116,7 @@ def compile_programs(config: ConfigDict, model: UNet, method: Method, num_steps:
 
 
 def make_optimizer(config: ConfigDict, num_steps: int) -> optax.GradientTransformation:
-    """Adam, with the config's learning rate, constant or decaying to 0 over the stage."""
+    """Makes Adam, with the config's learning rate, constant or decaying to 0 over the stage."""
     rate = config.learning_rate
     if config.schedule == "cosine":
         rate = optax.cosine_decay_schedule(rate, num_steps)

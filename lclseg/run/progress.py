@@ -18,7 +18,7 @@ Item = TypeVar("Item")
 
 
 def on_terminal() -> bool:
-    """Whether somebody watches standard error, where bars are drawn."""
+    """Tells whether somebody watches standard error, where bars are drawn."""
     return sys.stderr.isatty()
 
 
@@ -93,7 +93,7 @@ class Progress:
             self._line()
 
     def tell(self, **scalars: float) -> None:
-        """A line at once, for what is rare and worth one, such as validation_dice=0.8."""
+        """Prints a line at once, for what is rare and worth one, such as validation_dice=0.8."""
         if self._bar is not None:
             self.update(self._done, **scalars)
         else:

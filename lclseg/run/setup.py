@@ -77,7 +77,7 @@ class Run:
     lock: TextIO
 
     def classes_in_one_piece(self, choice: str) -> tuple[Kind, ...]:
-        """Of which classes the largest component is kept, by a config's choice."""
+        """Finds the classes of which the largest component is kept, by a config's choice."""
         return {
             "no": (),
             "yes": tuple(range(1, self.prepared.num_classes)),
@@ -87,7 +87,7 @@ class Run:
 
 
 def set_up_process(config: ConfigDict) -> None:
-    """Logging, the compilation cache, CPU devices, and the other processes of a cluster.
+    """Sets up logging, the compilation cache, CPU devices, and other processes of a cluster.
 
     Runs before JAX's first computation. The CPU becomes one JAX device per core, as far as the
     batch divides among them: XLA's CPU gradients hardly use threads; several devices do. No effect
@@ -108,7 +108,7 @@ def set_up_process(config: ConfigDict) -> None:
 
 
 def open_data(config: ConfigDict) -> tuple[PreparedSet, Split]:
-    """The data set, prepared where it was not yet, and its volumes by role.
+    """Opens the data set, prepared where it was not yet, and its volumes by role.
 
     Raises:
       ConfigError, SplitError, VolumeError: before any work is lost.
@@ -233,7 +233,7 @@ def check_processes_agree(config: ConfigDict, prepared: PreparedSet) -> None:
 
 
 def initial_state(run: Run, kind: str, *, fresh_heads: bool = False) -> steps.TrainState:
-    """A fresh state for a kind of stage, "first" or "joint", with the heads that it trains.
+    """Makes a fresh state for a kind of stage, "first" or "joint", with the heads that it trains.
 
     With `fresh_heads` another one, so that no head is drawn as in the first stage.
     """

@@ -36,7 +36,7 @@ class Job(NamedTuple):
 
 
 def devices_here() -> tuple[str, int]:
-    """The platform that JAX finds, "cpu", "gpu" or "tpu", and its devices; of CPUs the cores.
+    """Finds JAX's platform, "cpu", "gpu" or "tpu", and its devices; of CPUs the cores.
 
     Asked of another process, which ends: this one leaves the devices to the jobs.
     """

@@ -29,7 +29,7 @@ class Source(NamedTuple):
 
 
 def read_source(config: ConfigDict) -> Source | None:
-    """The run that `rounds.start_from` names, None where it is empty; nothing is prepared for it.
+    """Reads the run that `rounds.start_from` names, None where it is empty; prepares nothing.
 
     Raises:
       ConfigError: no run there, another architecture, a baseline from elsewhere too, or several
@@ -99,7 +99,7 @@ def check_source(
 
 
 def other_baseline(theirs: dict, ours: dict) -> list[str]:
-    """Dotted names of the values by which two configs, as stored, have different baselines."""
+    """Finds the dotted names of values by which two stored configs have different baselines."""
     configs = [ConfigDict(content) for content in (theirs, ours)]
     methods = [method_of(config, num_classes=2) for config in configs]
     by_method = any(method.pretraining is not None for method in methods)

@@ -47,7 +47,7 @@ class Labels:
     pseudo_labels: np.ndarray
 
     def of(self, records: np.ndarray, truth: np.ndarray) -> np.ndarray:
-        """[n, H, W] uint8; `IGNORE` where a record has neither: its truth stays behind."""
+        """Looks up [n, H, W] uint8; `IGNORE` where a record has neither: its truth stays behind."""
         found = np.full_like(truth, IGNORE)
         labeled = np.isin(records, self.labeled)
         found[labeled] = truth[labeled]
@@ -135,7 +135,7 @@ class DeviceSlices:
         }
 
     def batch(self, step: int) -> tuple[Store, dict[str, np.ndarray]]:
-        """A store that holds the batch of any step, and its rows [devices, n]."""
+        """Makes a store that holds the batch of any step, and its rows [devices, n]."""
         drawn = self.sampler(step)
         records = np.unique(np.concatenate(list(drawn.values())))
         held, store = self.held, self.store

@@ -47,12 +47,12 @@ JOINT_ONLY = (
 
 
 def to_store(config: ConfigDict) -> dict:
-    """The config as JSON has it, with the chosen lists in place of the tables."""
+    """Makes JSON of the config, with the chosen lists in place of the tables."""
     return as_now(json.loads(config.to_json_best_effort()))
 
 
 def as_now(stored: dict) -> dict:
-    """What was stored at any time, as `to_store` would write it today; the argument stays as it is.
+    """Brings a config stored at any time to what `to_store` would write; changes no argument.
 
     Lists are resolved where they can be: own data's are drawn from the folder before they are
     stored. Keys that are missing get their defaults.
@@ -97,7 +97,7 @@ def _fill(content: dict, defaults: dict) -> None:
 
 
 def differing_keys(before: dict, now: dict, prefix: str = "") -> list[str]:
-    """Dotted names of the values in which two configs, both as `as_now` gives them, differ."""
+    """Finds the dotted names of values in which two configs, both as `as_now` has them, differ."""
     keys = []
     for key in sorted(before.keys() | now.keys()):
         old, new = before.get(key), now.get(key)
@@ -109,7 +109,7 @@ def differing_keys(before: dict, now: dict, prefix: str = "") -> list[str]:
 
 
 def baseline_differences(before: dict, now: dict, *, by_method: bool) -> list[str]:
-    """Dotted names of the differing values on which the first stage depends.
+    """Finds dotted names of the differing values on which the first stage depends.
 
     Args:
       before, now: as `as_now` gives them.
@@ -125,7 +125,7 @@ def baseline_differences(before: dict, now: dict, *, by_method: bool) -> list[st
 
 
 def refused_changes(before: dict, now: dict, begun: Sequence[str]) -> list[str]:
-    """Dotted names of the values that a run cannot go on with.
+    """Finds dotted names of the values that a run cannot go on with.
 
     Allowed are other machine keys, more rounds, and more steps of the stage that is the last one
     begun; with a decaying learning rate a stage's steps are fixed.

@@ -12,12 +12,12 @@ OPACITY = 0.5
 
 
 def open_writer(folder: Path, *, after_step: int) -> SummaryWriter:
-    """Writer of a stage; use it as a context manager. What is there after `after_step` is void."""
+    """Opens a stage's writer, a context manager. What is there after `after_step` is void."""
     return SummaryWriter(str(folder), purge_step=after_step + 1)
 
 
 def overlay(image: np.ndarray, truth: np.ndarray, prediction: np.ndarray) -> np.ndarray:
-    """Slice, truth and prediction side by side.
+    """Puts slice, truth and prediction side by side.
 
     image: [H, W] float, black at 0 and white at 1. truth, prediction: [H, W] int, background 0.
     Returns [H, 3 W, 3] uint8.

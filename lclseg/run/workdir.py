@@ -26,7 +26,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
 def new_results(config: ConfigDict, prepared: PreparedSet, split: Split) -> dict:
-    """The head of results.json; `results` is filled stage by stage."""
+    """Makes the head of results.json; `results` is filled stage by stage."""
     device = jax.devices()[0]
     return {
         "dataset": prepared.name,
@@ -92,7 +92,7 @@ def lock(workdir: Path) -> TextIO:
 
 
 def chosen_stage(stages: Mapping[str, dict]) -> str:
-    """The stage that a run hands out, of results.json's `results`.
+    """Chooses the stage that a run hands out, of results.json's `results`.
 
     The best by validation Dice, the first of equals; the last where no volume validates.
     """
@@ -135,7 +135,7 @@ def forget_lines(path: Path, stage: str, *, after_step: int) -> None:
 
 
 def read_json(path: Path) -> dict | None:
-    """The file's content, None where there is no file."""
+    """Reads the file's content, None where there is no file."""
     return json.loads(path.read_text()) if path.exists() else None
 
 

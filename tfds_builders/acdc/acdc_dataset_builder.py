@@ -26,14 +26,14 @@ class AcdcConfig(slices.GridConfig):
 
 
 def grid_config(*, both_frames: bool = False, **grid) -> AcdcConfig:
-    """An AcdcConfig with the values of `slices.grid_config`, in a folder of its own."""
+    """Makes an AcdcConfig with the values of `slices.grid_config`, in a folder of its own."""
     base = dataclasses.asdict(slices.grid_config(**grid))
     base["name"] += "_both" if both_frames else ""
     return AcdcConfig(**base, both_frames=both_frames)
 
 
 def find_cases(folder: Path, *, both_frames: bool = False) -> list[slices.Case]:
-    """The end-diastolic frame of every patient; raises VolumeError on a folder unlike ACDC's.
+    """Finds each patient's end-diastolic frame; raises VolumeError on a folder unlike ACDC's.
 
     End diastole is the earlier of the two frames published as 3-D files: `_frame01`, but
     `_frame04` for patient090. The later one is end systole.

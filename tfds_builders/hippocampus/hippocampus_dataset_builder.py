@@ -11,7 +11,7 @@ CLASS_NAMES = ("anterior", "posterior")
 
 
 def find_cases(folder: Path) -> list[slices.Case]:
-    """The training volumes that dataset.json lists; raises VolumeError on a folder unlike MSD's."""
+    """Finds the volumes that dataset.json lists; raises VolumeError on a folder unlike MSD's."""
     return slices.msd_cases(
         folder, task="Task04_Hippocampus", way_out=Builder.MANUAL_DOWNLOAD_INSTRUCTIONS
     )

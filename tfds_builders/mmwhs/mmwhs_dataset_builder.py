@@ -16,7 +16,7 @@ logger = logging.getLogger("lclseg")
 
 
 def find_cases(folder: Path) -> list[slices.Case]:
-    """The MR training volumes; raises VolumeError on a folder unlike MM-WHS's."""
+    """Finds the MR training volumes; raises VolumeError on a folder unlike MM-WHS's."""
     places = [folder, folder / "mr_train", folder / "MM-WHS 2017 Dataset" / "mr_train"]
     pattern = "mr_train_[0-9][0-9][0-9][0-9]_image.nii*"
     root = next((p for p in places if any(p.glob(pattern))), None)

@@ -46,7 +46,7 @@ class FolderConfig(slices.GridConfig):
 def grid_config(
     *, image_size: int, target_spacing_mm: float, n4_shrink_factor: int = 0, folder_name: str, **own
 ) -> FolderConfig:
-    """A FolderConfig of a grid and its other attributes, `own`, in a folder of its own.
+    """Makes a FolderConfig of a grid and its other attributes, `own`, in a folder of its own.
 
     The name holds a digest of the files' names, sizes and times and of the other values: a folder
     that has changed, or another one, is another prepared set.

@@ -19,7 +19,7 @@ def load(case: slices.Case) -> nifti.Volume:
 
 
 def find_cases(num_volumes: int = NUM_VOLUMES) -> list[slices.Case]:
-    """One case per synthetic subject: phantom_000, phantom_001, ..."""
+    """Makes one case per synthetic subject: phantom_000, phantom_001, ..."""
     ids = [f"phantom_{i:03d}" for i in range(num_volumes)]
     return [slices.Case(name, name, str(i), str(i)) for i, name in enumerate(ids)]
 

@@ -314,7 +314,7 @@ def _draw_discs(rng, heart, tissue):
         return _Disc(centre, rng.normal(size=2) * drift, radius, wall, fill, rim, metric)
 
     def beside(radius, gap, angles):
-        """Centre of a disc `gap` from the heart; at the one of `angles` nearest the middle."""
+        """Finds a disc's centre `gap` from the heart, at the one of `angles` nearest the middle."""
         centres = []
         for angle in angles:
             near = np.abs(_turn(_angles() - angle)) < 0.6

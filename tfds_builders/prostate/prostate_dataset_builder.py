@@ -22,7 +22,7 @@ WAY_OUT = (
 
 
 def find_cases(folder: Path) -> list[slices.Case]:
-    """The training volumes that dataset.json lists; raises VolumeError on a folder unlike MSD's."""
+    """Finds the volumes that dataset.json lists; raises VolumeError on a folder unlike MSD's."""
     return slices.msd_cases(folder, task=TASK, way_out=WAY_OUT)
 
 
