@@ -51,7 +51,7 @@ conv.defvjp(_forward, _backward)
 
 
 def kernel_gradient(x: Array, dy: Array, *, kernel_size: int) -> Array:
-    """As `blocked_kernel_gradient`, by XLA's own transpose of the convolution."""
+    """Computes what `blocked_kernel_gradient` does, by XLA's own transpose of the convolution."""
     shape = (kernel_size, kernel_size, x.shape[-1], dy.shape[-1])
     kernel = jax.ShapeDtypeStruct(shape, x.dtype)
     return jax.linear_transpose(lambda kernel: _convolution(x, kernel), kernel)(dy)[0]

@@ -68,7 +68,7 @@ def _as_bytes(min_confidence: float) -> Callable:
 
 
 def draw_volumes(rng: np.random.Generator, num_slices: Mapping[str, int], wanted: int) -> list[str]:
-    """Volumes in a random order, until they have so many slices together; 0: all."""
+    """Draws volumes in random order, until they have so many slices together; 0: all."""
     ids = list(num_slices)
     if not wanted:
         return ids

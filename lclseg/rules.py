@@ -19,15 +19,18 @@ def is_number(value: Any) -> bool:
 
 
 def is_whole(value: Any) -> bool:
+    """Tells whether a value is a whole number, and no bool."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def whole(least: int, most: int | None = None) -> Rule:
+    """Makes the rule of a whole number, `least` or more, `most` at most."""
     words = f"a whole number, {least} or more" if most is None else f"{least} to {most}, whole"
     return Rule(lambda v: is_whole(v) and least <= v and (most is None or v <= most), words)
 
 
 def one_of(*choices: Any) -> Rule:
+    """Makes the rule of a value that is one of some."""
     return Rule(lambda v: v in choices, f"one of {', '.join(map(str, choices))}")
 
 

@@ -377,7 +377,7 @@ def calibrate(
 
 
 def check_finite(run: Run, stage: Stage, trained: Trained, slices: DeviceSlices) -> dict:
-    """Scalars of the last of the steps, when those of all are finite.
+    """Takes the scalars of the last step, when those of all are finite.
 
     Raises:
       NonFiniteLossError: naming the first step that is not, and the file that lists its slices.

@@ -350,7 +350,7 @@ def batch_statistics(
 def predict_step(
     state: TrainState, images: Array, *, model: UNet, angles: Sequence[float] = ()
 ) -> Array:
-    """Class probabilities [B, H, W, C] of slices [B, H, W], by the averaged weights.
+    """Predicts class probabilities [B, H, W, C] of slices [B, H, W], by the averaged weights.
 
     With `angles`, radians, the mean over turned copies; see `test_time.mean_over_copies`.
     """

@@ -49,7 +49,7 @@ def look(
 
 
 def find_images(config: dict) -> dict[str, Files]:
-    """Files of own data by volume id; {} of other data sets, or where they are gone."""
+    """Finds files of own data by volume id; {} of other data sets, or where they are gone."""
     data = ConfigDict(config["data"])
     if data.name != case_files.NAME:
         return {}

@@ -44,7 +44,7 @@ def ground_truth_pool(prepared: PreparedSet, volume_ids) -> Pool:
 
 
 def select_slices(pool: Pool, *, min_classes: int, at_least: int, role: str) -> np.ndarray:
-    """Records of the slices that show at least `min_classes` classes, background included.
+    """Finds the records of slices that show at least `min_classes` classes, background included.
 
     Where fewer than `at_least` do, the demand is relaxed class by class, down to none, and this is
     logged: a small pool never starves the training silently.

@@ -91,7 +91,7 @@ class PreparedSet:
         return self.preprocessing.target_spacing_mm
 
     def read_slices(self, indices: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Images [B, H, W] float32 and labels [B, H, W] uint8 of the given records.
+        """Reads images [B, H, W] float32 and labels [B, H, W] uint8 of the given records.
 
         Images of several channels are [B, H, W, K].
         """

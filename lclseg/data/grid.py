@@ -86,8 +86,8 @@ def _linear_index(
 def linear_matrix(num_out: int, spacing_out: float, num_in: int, spacing_in: float) -> np.ndarray:
     """Makes weights [num_out, num_in] of linear interpolation along an axis, middles aligned.
 
-    They are float32. Rows beyond the outermost input samples by up to half a sample repeat the outermost; further
-    out they are zero (padding).
+    They are float32. Rows beyond the outermost input samples by up to half a sample repeat the
+    outermost; further out they are zero (padding).
     """
     low, high, share, inside = _linear_index(num_out, spacing_out, num_in, spacing_in)
     matrix = np.zeros((num_out, num_in), np.float32)
@@ -129,7 +129,7 @@ def image_to_grid(image, spacing_mm, *, image_size: int, target_spacing_mm: floa
 
 
 def label_to_grid(label, spacing_mm, *, image_size: int, target_spacing_mm: float) -> np.ndarray:
-    """As `image_to_grid`, nearest neighbour, background outside: [X, Y, S] int -> [S, H, W]."""
+    """Resamples labels, nearest neighbour, background outside: [X, Y, S] int -> [S, H, W]."""
     x, y = label.shape[:2]
     rows, row_inside = _nearest_index(image_size, target_spacing_mm, x, spacing_mm[0])
     columns, column_inside = _nearest_index(image_size, target_spacing_mm, y, spacing_mm[1])

@@ -132,7 +132,7 @@ def between(affine: np.ndarray, other: np.ndarray) -> Orientation | None:
 
 
 def to_numbers(orientation: Orientation) -> list[int]:
-    """Axes counted from 1, negative where flipped: what a record stores."""
+    """Counts axes from 1, negative where flipped: what a record stores."""
     return [-(axis + 1) if flip else axis + 1 for axis, flip in zip(*orientation, strict=True)]
 
 

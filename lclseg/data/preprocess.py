@@ -183,6 +183,7 @@ def from_json(content: Any, source: str) -> Preprocessing:
 
 
 def is_whole(value: Any, low: int, high: int) -> bool:
+    """Tells whether a JSON value is a whole number from low to high."""
     return type(value) is int and low <= value <= high
 
 

@@ -172,7 +172,7 @@ def confident_label(probs: Array, threshold: float) -> Array:
 def segment(
     net, params: Any, batch_stats: Any, images: Mapping[str, Array], **kwargs
 ) -> tuple[dict[str, Array], Any]:
-    """Logits [n, H, W, C] by group, of one pass of `net`; and BatchNorm's statistics after it."""
+    """Computes logits [n, H, W, C] by group in one pass, and BatchNorm's statistics after it."""
     heads = {group: ("segmentation",) for group in images}
     out, batch_stats = net(params, batch_stats, images, heads, **kwargs)
     return {group: found["segmentation"] for group, found in out.items()}, batch_stats
@@ -181,7 +181,7 @@ def segment(
 def teacher_probs(
     net, params: Any, batch_stats: Any, images: Mapping[str, Array]
 ) -> dict[str, Array]:
-    """Class probabilities [n, H, W, C] by group, of other weights than those that are trained.
+    """Predicts class probabilities [n, H, W, C] by group, by other weights than those trained.
 
     BatchNorm normalises by these slices, as in training; no gradient flows, and the statistics of
     this pass are not kept.

@@ -37,7 +37,7 @@ def make(options: Any, base: Base) -> Method:
     """Makes the method; `options` has `weight`, see configs/methods/cps.py."""
 
     def segment_by_both(net, params, state, images):
-        """Logits [2, n, H, W, C] by group, and both networks' statistics.
+        """Computes logits [2, n, H, W, C] by group, and both networks' statistics.
 
         One network after the other: `vmap` would make grouped convolutions of both, which are slow
         on CPUs.

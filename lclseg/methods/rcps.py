@@ -87,7 +87,7 @@ def agreement_loss(first: Array, second: Array) -> Array:
 
 
 def unit(vectors: Array) -> Array:
-    """Vectors of length 1 along the last axis; a zero vector stays zero."""
+    """Scales vectors to length 1 along the last axis; a zero vector stays zero."""
     squares = jnp.sum(vectors**2, axis=-1, keepdims=True)
     return vectors * jax.lax.rsqrt(squares + LENGTH_EPSILON)
 

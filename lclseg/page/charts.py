@@ -12,6 +12,7 @@ MIN_PLACES = 3  # of a strip chart: narrower ones would be blown up to the width
 
 
 def line_key(line: Line, link: str = "") -> str:
+    """Makes the entry of a line in a chart's legend."""
     shape = "dot" if line.dots else "line dashed" if line.dashed else "line"
     return key(line.name, figures.css(line.color), shape, link)
 
@@ -36,7 +37,7 @@ def line_chart(
 def strip_charts(
     charts: Sequence[tuple[str, Mapping[str, Sequence[float | None]], str]],
 ) -> str:
-    """Charts of Dice, each of a plain text title, columns and a colour, drawn to one scale."""
+    """Draws charts of Dice, each a plain text title, columns and a colour, to one scale."""
     every = [columns for _, columns, _ in charts]
     values = [v for columns in every for c in columns.values() for v in c if v is not None]
     lowest = min(values, default=0.0)

@@ -12,6 +12,7 @@ from lclseg.run.stored_config import MACHINE_KEYS, as_now, differing_keys
 
 
 def page(runs: Sequence[RecordedRun]) -> str:
+    """Makes the page that compares runs, as HTML."""
     title = f"{len(runs)} runs compared"
     of_what = "; ".join(dict.fromkeys(run.title for run in runs))
     body = [

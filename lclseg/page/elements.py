@@ -43,22 +43,27 @@ def document(title: str, body: Iterable[str]) -> str:
 
 
 def text(value: object) -> str:
+    """Escapes plain text for HTML."""
     return html.escape(str(value))
 
 
 def section(level: int, title: str, *content: str) -> str:
+    """Makes a section of HTML under a heading of a level."""
     return "\n".join(["<section>", f"<h{level}>{title}</h{level}>", *content, "</section>"])
 
 
 def note(plain: str) -> str:
+    """Makes a remark of plain text."""
     return f'<p class="note">{text(plain)}</p>'
 
 
 def details(summary: str, content: str) -> str:
+    """Makes HTML that opens when its plain summary is clicked."""
     return f"<details><summary>{text(summary)}</summary>{content}</details>"
 
 
 def figure(svg: str, caption: str) -> str:
+    """Puts a caption, HTML, under a figure."""
     return f"<figure>{svg}<figcaption>{caption}</figcaption></figure>"
 
 
@@ -87,4 +92,5 @@ def key(name: str, color: str, shape: str, link: str = "") -> str:
 
 
 def legend(keys: Iterable[str], *more: str) -> str:
+    """Makes a legend of entries; see `key`."""
     return f'<p class="legend">{"".join(keys)}{"".join(more)}</p>'

@@ -52,7 +52,7 @@ _STYLE: dict[Any, Any] = {  # the stub knows each key by name
 
 
 def series(number: int) -> list[str]:
-    """Colours of so many classes or runs; beyond `len(SERIES)` they come again."""
+    """Gives colours of so many classes or runs; beyond `len(SERIES)` they come again."""
     return list(itertools.islice(itertools.cycle(SERIES), number))
 
 
@@ -143,7 +143,7 @@ def strip_chart(
 
 
 def row_chart(rows: Mapping[str, Sequence[Sequence[float | None]]]) -> str:
-    """Rows of points along one axis: a small one for each value, a large one for each list's mean.
+    """Draws rows of points along an axis: a small one a value, a large one for each list's mean.
 
     A bar and a number stand at the mean of the means.
 

@@ -17,6 +17,7 @@ ROLES = {"labeled": "labelled", "unlabeled": "unlabelled", "validation": "valida
 
 
 def page(run: RecordedRun) -> str:
+    """Makes the page of one run, as HTML."""
     heading = f"<h1>{text(run.title)}</h1>"
     return document(run.title, [header(run, heading), *sections(run, 2)])
 

@@ -4,11 +4,12 @@ from collections.abc import Mapping, Sequence
 
 
 def number(value: float | None, spec: str) -> str:
+    """Formats a number; "-" for None."""
     return "-" if value is None else format(value, spec)
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of cells as columns, a rule under the first row."""
+    """Aligns rows of cells as columns, a rule under the first row."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     rows = [rows[0], ["-" * w for w in widths], *rows[1:]]
     lines = ("  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)) for r in rows)

@@ -27,7 +27,7 @@ UNVALIDATED = -1.0  # below any Dice
 
 @contextlib.contextmanager
 def naming(folder: Path) -> Iterator[None]:
-    """Errors of the disk, raised in the block, become OSErrors that name the folder.
+    """Turns errors of the disk, raised in the block, into OSErrors that name the folder.
 
     Those that TensorStore raises while a checkpoint is written are ValueErrors.
     """

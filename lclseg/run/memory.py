@@ -17,7 +17,7 @@ GIB = 2**30
 
 
 def step_bytes(config: ConfigDict) -> int:
-    """Bytes over all devices of the larger one of a joint step and a prediction."""
+    """Measures bytes over all devices of the larger one of a joint step and a prediction."""
     data = config.data
     pixels = data.image_size**2 * config.model.filters[0]
     unlabeled = data.unlabeled_batch_size

@@ -88,10 +88,12 @@ def connect(**given: Any) -> None:
 
 
 def several() -> bool:
+    """Tells whether several processes train together."""
     return jax.process_count() > 1
 
 
 def is_first() -> bool:
+    """Tells whether this process is the first, which writes files."""
     return jax.process_index() == 0
 
 
@@ -136,6 +138,7 @@ def arrays_from_first(tree: Any) -> Any:
 
 
 def bytes_from_first(content: bytes) -> bytes:
+    """Gives every process the first one's bytes."""
     if not several():
         return content
     size = int(arrays_from_first(np.array(len(content), np.int32)))

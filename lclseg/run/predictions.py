@@ -56,7 +56,7 @@ def refinement(
 def evaluate_state(
     run: Run, replicated: steps.TrainState, volume_ids, *, stoppable: bool, **kwargs
 ) -> dict:
-    """Metrics of a state, a copy per device, on volumes; see `evaluation.evaluate`.
+    """Computes metrics of a state, a copy per device, on volumes; see `evaluation.evaluate`.
 
     Probabilities come to the host, not labels: they are resampled to each volume's own geometry.
     They are what the run hands out: means over copies, smoothed across slices, refined by the CRF,

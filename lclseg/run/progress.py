@@ -114,7 +114,7 @@ class Progress:
 
 
 def steps(stage: str, first: int, last: int) -> Progress:
-    """Progress of a stage's training that goes on after step `first`, up to step `last`."""
+    """Shows progress of training that goes on after step `first`, up to step `last`."""
     return Progress(stage, first, last, unit="step")
 
 
@@ -143,7 +143,7 @@ def to_stderr(line: str) -> None:
 
 
 def duration(seconds: float) -> str:
-    """Seconds in words, to two units: "45 s", "3 min 20 s", "2 h 5 min"."""
+    """Puts seconds in words, to two units: "45 s", "3 min 20 s", "2 h 5 min"."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"

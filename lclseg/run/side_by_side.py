@@ -48,7 +48,7 @@ def devices_here() -> tuple[str, int]:
 
 
 def environment(platform: str, device: int) -> dict[str, str]:
-    """Variables that show a process one device alone."""
+    """Makes the variables that show a process one device alone."""
     if platform == "gpu":
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         names = visible.split(",") if visible else []

@@ -19,7 +19,7 @@ FEWEST_ROWS = 64
 
 
 def num_rows(number: int) -> int:
-    """Rows of a store for so many slices: a multiple of 64, up to a quarter more where many.
+    """Chooses rows of a store for so many slices: a multiple of 64, up to a quarter more of many.
 
     The compiled step depends on the number of rows. Runs with other labelled volumes have a few
     slices more or less; with rounded numbers they find each other's programs in the compilation
@@ -127,7 +127,7 @@ class DeviceSlices:
         return Store(*devices.replicate(arrays))
 
     def rows(self, steps: range) -> dict[str, np.ndarray]:
-        """Rows [devices, steps, n] int32 of the store by group, this process' share of each."""
+        """Finds rows [devices, steps, n] int32 of the store by group, this process' share."""
         drawn = [self.sampler(step) for step in steps]
         return {
             group: devices.share(np.stack([np.searchsorted(self.held, d[group]) for d in drawn]))

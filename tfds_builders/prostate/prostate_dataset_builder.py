@@ -48,7 +48,7 @@ class Builder(tfds.core.GeneratorBasedBuilder):
         )
 
     def download_and_prepare(self, *, download_config=None, **kwargs) -> None:
-        """As the base class, but heeds `download_config.manual_dir` without demanding one.
+        """Does as the base class, but heeds `download_config.manual_dir` without demanding one.
 
         TFDS lets a builder see its manual_dir only if the builder cannot do without.
         """
