@@ -129,7 +129,10 @@ def image_to_grid(image, spacing_mm, *, image_size: int, target_spacing_mm: floa
 
 
 def label_to_grid(label, spacing_mm, *, image_size: int, target_spacing_mm: float) -> np.ndarray:
-    """Resamples labels, nearest neighbour, background outside: [X, Y, S] int -> [S, H, W]."""
+    """Resamples labels, nearest neighbour, background outside: [X, Y, S] int -> [S, H, W].
+
+    Arguments as of `image_to_grid`.
+    """
     x, y = label.shape[:2]
     rows, row_inside = _nearest_index(image_size, target_spacing_mm, x, spacing_mm[0])
     columns, column_inside = _nearest_index(image_size, target_spacing_mm, y, spacing_mm[1])
