@@ -24,13 +24,15 @@ LEAVES = {
         "metrics",
         "mixing",
         "models",
+        "palette",
         "random_keys",
         "rules",
         "through_plane",
     )
 }
 MATHEMATICS = LEAVES - {
-    f"lclseg.{name}" for name in ("class_groups", "cores", "models", "random_keys", "rules")
+    f"lclseg.{name}"
+    for name in ("class_groups", "cores", "models", "palette", "random_keys", "rules")
 }
 SHARED_BY_METHODS = {
     "lclseg.methods.base",
@@ -118,6 +120,11 @@ def test_what_keeps_a_run_alive_has_no_mathematics(name):
     for imported in imports(MODULES[name].read_text()) - {"lclseg.losses.IGNORE"}:
         assert imported not in MATHEMATICS
         assert imported.rpartition(".")[0] not in MATHEMATICS
+
+
+@pytest.mark.parametrize("name", [*within("data"), *within("methods"), *within("run")])
+def test_pages_show_what_a_run_has_written_and_no_run_needs_them(name):
+    assert not any(module.startswith("lclseg.page.") for module in modules_of(name))
 
 
 # What must not be loaded, however indirectly, where modules are imported in a process of their own.

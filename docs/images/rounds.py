@@ -13,8 +13,8 @@ import numpy as np
 from lclseg.metrics import mean_foreground_dice
 from lclseg.page import figures, pictures
 from lclseg.page.elements import text
-from lclseg.page.palette import PALETTE
 from lclseg.page.recorded import find_prepared, read_run
+from lclseg.palette import PALETTE
 from lclseg.pseudo_labels import load_pseudo_labels
 
 SIDE, GAP, HEAD, LEFT = 200, 12, 34, 0  # px

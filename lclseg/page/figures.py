@@ -16,7 +16,7 @@ import numpy as np
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
-from lclseg.page.palette import PALETTE
+from lclseg.palette import PALETTE
 
 # Stand-ins that are replaced by the CSS variables: the page's style sheet has versions of the
 # palette for charts on light and on dark ground.

@@ -12,9 +12,9 @@ from lclseg.data.dataset import PreparedSet
 from lclseg.metrics import mean_foreground_dice
 from lclseg.page import figures
 from lclseg.page.elements import figure, key, legend, note, text
-from lclseg.page.palette import PALETTE
 from lclseg.page.recorded import RecordedRun, named
 from lclseg.page.tables import number
+from lclseg.palette import PALETTE
 from lclseg.pseudo_labels import PseudoLabelError, load_pseudo_labels
 
 NUM_CHANGED = 3  # volumes shown whose pseudo-labels changed most

@@ -14,8 +14,8 @@ from lclseg.data.dataset import PreparedSet
 from lclseg.evaluation import VolumePrediction
 from lclseg.page import figures, pictures
 from lclseg.page.elements import document, figure, key, legend, note, section, table, text
-from lclseg.page.palette import PALETTE
 from lclseg.page.recorded import named
+from lclseg.palette import PALETTE
 
 
 class Suggestion(NamedTuple):

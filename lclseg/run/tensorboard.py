@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from tensorboardX import SummaryWriter
 
-from lclseg.page.palette import PALETTE
+from lclseg.palette import PALETTE
 
 COLOURS = np.array([tuple(bytes.fromhex(colour[1:])) for colour in PALETTE])
 OPACITY = 0.5
