@@ -19,13 +19,19 @@ from lclseg.stage import slices_of
 FIELD_MM = 128  # of the grid, in-plane
 
 
-def config(folder: Path, *, size: int, num_volumes: int, num_cpu_devices: int) -> ConfigDict:
+def config(
+    folder: Path,
+    *,
+    size: int,
+    num_volumes: int,
+    num_cpu_devices: int,
+    method: str = "local_contrastive",
+) -> ConfigDict:
     """The paper's model, losses and batches on `num_volumes` phantoms at `size` px.
 
     One volume each is labelled, for validation and for the test; the rest is the unlabelled pool.
     """
-    get_config = runpy.run_path(str(ROOT / "configs" / "default.py"))["get_config"]
-    result = get_config()
+    result = runpy.run_path(str(ROOT / "configs" / "default.py"))["get_config"](method)
     result.num_cpu_devices = num_cpu_devices
     data = result.data
     data.name, data.data_dir = "phantom", str(folder / "data")
@@ -45,26 +51,38 @@ def set_num_volumes(num_volumes: int) -> None:
 
 
 def start(config: ConfigDict, workdir: Path, *, num_volumes: int) -> tuple[Run, DeviceSlices]:
-    """A run, and the slices that its joint stage draws; `DeviceSlices.load` them before a step."""
+    """A run, and the slices that its last stage draws; `DeviceSlices.load` them before a step."""
     set_num_volumes(num_volumes)
     run = start_run(config, workdir)
+    pseudo_labels = truth_of_pool(run) if run.method.offline else None
+    return run, slices_of(run, last_kind(run), pseudo_labels)
+
+
+def last_kind(run: Run) -> str:
+    """Of the last stage: supervised training has the first alone."""
+    return "joint" if run.method.sampler else "first"
+
+
+def truth_of_pool(run: Run) -> PseudoLabels:
+    """The pool's ground truth, as pseudo-labels of a round."""
     entries = [run.prepared.volumes[v] for v in run.split.unlabeled]
     entries.sort(key=lambda e: e.first_slice)  # records ascending, as a round's are
     records = np.concatenate([np.asarray(e.slices) for e in entries])
-    shape = (len(records), config.data.image_size, config.data.image_size)
-    path = workdir / "labels.npy"
+    size = run.config.data.image_size
+    path = run.workdir / "labels.npy"
     if not path.exists():
-        labels = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=shape)
+        labels = np.lib.format.open_memmap(
+            path, mode="w+", dtype=np.uint8, shape=(len(records), size, size)
+        )
         row = 0
         for entry in entries:  # volume by volume: memory must not grow with the set
             labels[row : row + len(entry.slices)] = run.prepared.read_slices(entry.slices)[1]
             row += len(entry.slices)
         labels.flush()
-    pseudo_labels = PseudoLabels(
-        folder=workdir,
+    return PseudoLabels(
+        folder=run.workdir,
         records=records,
         labels=np.load(path, mmap_mode="r"),
         class_pixels=np.concatenate([e.class_pixels for e in entries]),
         report={},
     )
-    return run, slices_of(run, "joint", pseudo_labels)

@@ -74,6 +74,45 @@ def test_chosen_weights_are_compared_with_the_last_over_all_sweeps(tmp_path):
     )
 
 
+def test_a_row_gains_over_one_of_another_sweep_pair_by_pair(tmp_path):
+    def write(row, split, dice, *, tested=("v1", "v2"), **more):
+        path = tmp_path / row / f"{split}_seed0.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        result = fake_result(0.5, dice, **more) | {"volumes": {"test": tested}}
+        path.write_text(json.dumps(result))
+
+    # Last weights: 0.1, 0.2 and 0.3 more with every component. With the largest one alone c2 gains
+    # 0.04 less. The chosen ones have 0.05 less than the last, and of c10 are the first stage's.
+    for split, dice in (("c1", 0.7), ("c2", 0.8), ("c10", 0.9)):
+        write("long/one", split, dice, chosen="baseline" if split == "c10" else "round_1")
+        component = 0.06 if split == "c2" else 0.02
+        write("short/other", split, 0.6, chosen="round_1", component=component)
+    write("short/other", "c3", 0.6)  # long/one has none
+    write("short/strangers", "c1", 0.6, tested=("v1", "v3"))
+
+    def printed(*arguments):
+        return run("benchmarks.paired_gain", *arguments)
+
+    one, other = tmp_path / "long/one", tmp_path / "short/other"
+    # 0.1, 0.2 and 0.3 have a standard deviation of 0.1; t of two degrees of freedom is 4.303, and
+    # 4.303 x 0.1 / sqrt(3) = 0.248. The others likewise.
+    assert printed(one, other).splitlines() == [
+        "| gain | c1_seed0 | c2_seed0 | c10_seed0 | mean |",
+        "| --- | --- | --- | --- | --- |",
+        "| last weights, largest component | +0.100 | +0.160 | +0.300 | +0.187 ± 0.255 |",
+        "| last weights, every component | +0.100 | +0.200 | +0.300 | +0.200 ± 0.248 |",
+        "| chosen weights, largest component | +0.100 | +0.200 | -0.100 | +0.067 ± 0.379 |",
+    ]
+    assert "| +0.300 | +0.300 |" in printed(one, other, "--splits", "c10")
+    for arguments, message in (
+        ((one, other, "--splits", "c1", "c3"), "one holds no run of c3; it has c10_seed0, c1_"),
+        ((one, tmp_path / "short"), "short holds no run; it has none"),
+        ((one, tmp_path / "short/strangers"), "c1_seed0: the rows have tested other volumes"),
+    ):
+        with pytest.raises(AssertionError, match=message):
+            printed(*arguments)
+
+
 def test_a_folder_is_measured_whatever_its_label_values(tmp_path):
     def save(name, data):
         nib.save(nib.Nifti1Image(data, np.diag([1.0, 1, 5, 1])), tmp_path / name)
