@@ -25,8 +25,6 @@ def get_config(method: str = "local_contrastive") -> ConfigDict:
     data.manual_dir = ""  # the downloaded volumes
     data.image_size = 192  # px
     data.target_spacing_mm = 1.0  # in-plane
-    # On either side of a slice, which the network sees as further channels ("2.5-D").
-    data.adjacent_slices = 0
     data.n4_shrink_factor = 0  # of N4 bias-field correction: fit to every n-th pixel; 0: none
     data.num_labeled = "1"  # which lists of `splits`: "1", "2", "8", "all"
     data.split = "c1"

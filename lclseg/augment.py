@@ -27,7 +27,6 @@ def augment_slice(
     elastic_sigma=0.026,
     contrast_range=(0.8, 1.2),
     max_brightness=0.1,
-    num_slices=1,
 ):
     """Moves image and label together, then jitters the intensity of the image.
 
@@ -45,7 +44,6 @@ def augment_slice(
         share of the slice's side; 0.026 is 5 px at 192 px.
       contrast_range: (low, high) of the factor on the image.
       max_brightness: bound of the offset on the image, either way.
-      num_slices: see `jitter_intensity`.
 
     Returns:
       (image, label) of the shapes and dtypes given. What comes from outside the slice is
@@ -76,18 +74,12 @@ def augment_slice(
     )
     image, label = warp(image, label, warp_coordinates(matrix, displacement))
     image = jitter_intensity(
-        intensity_key,
-        image,
-        contrast_range=contrast_range,
-        max_brightness=max_brightness,
-        num_slices=num_slices,
+        intensity_key, image, contrast_range=contrast_range, max_brightness=max_brightness
     )
     return image, label
 
 
-def augment_view(
-    key, image, *, contrast_range=(0.7, 1.3), max_brightness=0.3, clip=(0.0, 1.5), num_slices=1
-):
+def augment_view(key, image, *, contrast_range=(0.7, 1.3), max_brightness=0.3, clip=(0.0, 1.5)):
     """Makes a contrastive view: intensity only, since its mask has to stay in place.
 
     Args:
@@ -96,18 +88,12 @@ def augment_view(
       contrast_range: (low, high) of the factor.
       max_brightness: bound of the offset, either way.
       clip: (low, high) of the result.
-      num_slices: see `jitter_intensity`.
 
     Returns:
       As `image`, within `clip`.
     """
     return jitter_intensity(
-        key,
-        image,
-        contrast_range=contrast_range,
-        max_brightness=max_brightness,
-        clip=clip,
-        num_slices=num_slices,
+        key, image, contrast_range=contrast_range, max_brightness=max_brightness, clip=clip
     )
 
 
@@ -268,10 +254,8 @@ def warp(image, label, coordinates):
     return image, label
 
 
-def jitter_intensity(key, image, *, contrast_range, max_brightness, clip=None, num_slices=1):
+def jitter_intensity(key, image, *, contrast_range, max_brightness, clip=None):
     """Returns image * contrast + brightness, both uniform draws, one pair per slice and channel.
-
-    Slices of one volume that lie side by side have one pair: they have been scanned together.
 
     Args:
       key: a single random key.
@@ -279,7 +263,6 @@ def jitter_intensity(key, image, *, contrast_range, max_brightness, clip=None, n
       contrast_range: (low, high) of the factor.
       max_brightness: bound of the offset, either way.
       clip: None, or (low, high) of the result.
-      num_slices: N, K / N channels each; see `data.adjacent.to_channels`.
 
     Returns:
       As `image`.
@@ -288,13 +271,13 @@ def jitter_intensity(key, image, *, contrast_range, max_brightness, clip=None, n
     channels = (1,) * (image.ndim - 2)
     contrast, brightness = jax.random.uniform(
         key,
-        (2, *(k // num_slices for k in image.shape[2:])),
+        (2, *image.shape[2:]),
         dtype=image.dtype,
         minval=jnp.array([low, -max_brightness], image.dtype).reshape(2, *channels),
         maxval=jnp.array([high, max_brightness], image.dtype).reshape(2, *channels),
     )
     if image.ndim == 3:
-        contrast, brightness = (jnp.tile(x, num_slices)[None, None] for x in (contrast, brightness))
+        contrast, brightness = contrast[None, None], brightness[None, None]
     image = image * contrast + brightness
     return image if clip is None else jnp.clip(image, *clip)
 
@@ -375,13 +358,11 @@ def strong_intensity(
     blur_sigma_range=(0.3, 1.5),
     max_zoom=2.0,
     max_noise=0.08,
-    num_slices=1,
 ):
     """Changes the intensities of a slice much further than `jitter_intensity` does.
 
     Gamma, a smooth bias field, contrast, brightness; blur, low resolution and noise each for half
-    of the slices. The label stays as it is. Each of several channels is changed by itself; slices
-    of one volume that lie side by side are changed alike, for they have been scanned together.
+    of the slices. The label stays as it is. Each of several channels is changed by itself.
 
     Args:
       key: a single random key.
@@ -393,7 +374,6 @@ def strong_intensity(
       blur_sigma_range: (low, high) of the Gaussian blur, pixels.
       max_zoom: pixels that one pixel of low resolution covers along each axis, at most.
       max_noise: highest standard deviation of Gaussian noise.
-      num_slices: N, K / N channels each; see `data.adjacent.to_channels`.
 
     Returns:
       As `image`.
@@ -409,7 +389,7 @@ def strong_intensity(
             max_zoom=max_zoom,
             max_noise=max_noise,
         )
-        keys = jnp.tile(jax.random.split(key, image.shape[2] // num_slices), num_slices)
+        keys = jax.random.split(key, image.shape[2])
         return jax.vmap(of_channel, in_axes=(0, -1), out_axes=-1)(keys, image)
     number_key, bias_key, noise_key, apply_key = jax.random.split(key, 4)
     gamma, contrast, brightness, sigma, zoom, noise = jax.random.uniform(

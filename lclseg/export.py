@@ -271,9 +271,6 @@ def model_card(model: TrainedModel) -> str:
         f"axes turned to {how.orientation}, slices along the last",
         f"in-plane resampling to {spacing} x {spacing} mm",
         f"cropped or padded to {how.image_size} x {how.image_size} pixels about the middle one",
-        f"each slice with {how.adjacent_slices} on either side of it as further channels"
-        if how.adjacent_slices
-        else "",
     ]
     kept = kept_largest(model)
     # Where none is kept, a run has tested what it would bring; that is not this model.

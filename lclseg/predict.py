@@ -20,7 +20,7 @@ from lclseg import evaluation, export, metrics, model_files
 from lclseg.class_groups import Kind, names_of
 from lclseg.components import largest_component
 from lclseg.cores import usable_cores
-from lclseg.data import adjacent, grid, nifti, orientation, preprocess
+from lclseg.data import grid, nifti, orientation, preprocess
 from lclseg.data.layouts import (
     FOREIGN,
     KNOWN,
@@ -328,7 +328,7 @@ def unlike_training(case: Files, volume: nifti.Volume, how: Preprocessing) -> It
 
 def _slices(volume: nifti.Volume, how: Preprocessing) -> np.ndarray:
     """What the network sees of a volume: [S, H, W] float32, or [S, H, W, K]."""
-    slices = preprocess.to_slices(
+    return preprocess.to_slices(
         volume.image,
         volume.spacing_mm,
         image_size=how.image_size,
@@ -336,7 +336,6 @@ def _slices(volume: nifti.Volume, how: Preprocessing) -> np.ndarray:
         n4_shrink_factor=how.n4_shrink_factor,
         windows=how.windows,
     )
-    return adjacent.of_volume(slices, how.adjacent_slices)
 
 
 def segment(

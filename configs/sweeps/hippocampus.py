@@ -14,7 +14,6 @@ CONFIG = "../hippocampus.py"
 # Most rows were measured when the config had none of these.
 OLDER = {f"crf.{key}": value for key, value in default.crf.items()} | {
     "crf.num_steps": 0,
-    "data.adjacent_slices": 0,
     "pseudo_labels.crf": True,
     "pseudo_labels.min_confidence": 0.0,
     "pseudo_labels.through_plane_sigma": 0.0,
@@ -34,7 +33,6 @@ RULES = {
 }
 # As hippocampus.py is.
 RECIPE = rows["self_training"](0.5) | {"pseudo_labels.min_confidence": 0.9} | RULES
-ADJACENT = {"data.adjacent_slices": 1}
 ALL_LABELS = rows["ROWS"]["all labels"] | {"rounds.baseline_steps": 2000}
 # Gains differ much between labelled volumes: five pairs did not tell them from 0. Ten are
 # all that was planned before the others ran.
@@ -46,10 +44,5 @@ ROWS = rows["ROWS"] | {
     "recipe": RECIPE,
     # Predicted by the same rules: what is left between them is training.
     "supervised, by the recipe's rules": rows["ROWS"]["supervised"] | RULES,
-    # Of slices that the network sees with those beside them.
-    "recipe, adjacent slices": RECIPE | ADJACENT,
-    "supervised, by the recipe's rules, adjacent slices": (
-        rows["ROWS"]["supervised"] | RULES | ADJACENT
-    ),
 }
 BASE = {"data.num_labeled": "1"} | OLDER

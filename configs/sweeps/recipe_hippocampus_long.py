@@ -26,9 +26,3 @@ ROWS |= {
     | CONFIDENT
     | THROUGH_PLANE,
 }
-# The network sees them, too: one or two on either side.
-ROWS |= {
-    f"{name}, {word} adjacent": ROWS[name] | {"data.adjacent_slices": number}
-    for word, number in (("one", 1), ("two", 2))
-    for name in ("supervised", "self-training, weight 0.5, confidence 0.9")
-}

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow_datasets as tfds
 
-from lclseg.data import adjacent, nifti
+from lclseg.data import nifti
 from lclseg.data.orientation import Orientation, from_numbers
 from lclseg.data.preprocess import Preprocessing
 
@@ -93,24 +93,13 @@ class PreparedSet:
     def read_slices(self, indices: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Reads images [B, H, W] float32 and labels [B, H, W] uint8 of the given records.
 
-        Images of several channels, and with adjacent slices, are [B, H, W, K]; see `adjacent`.
+        Images of several channels are [B, H, W, K].
         """
-        indices = np.asarray(indices, int)
-        beside = self.preprocessing.adjacent_slices
-        if beside == 0:
-            records = self.source.__getitems__(indices.tolist())
-            images = np.stack([r["image"] for r in records])
-            return images, np.stack([r["label"] for r in records])
-        entries = sorted(self.volumes.values(), key=lambda e: e.first_slice)
-        first = np.array([e.first_slice for e in entries])
-        of = np.searchsorted(first, indices, side="right") - 1
-        last = first[of] + np.array([len(e.slices) for e in entries])[of] - 1
-        wanted = adjacent.numbers_beside(indices, first[of], last, beside)
-        read = np.unique(wanted)  # each once
-        records = self.source.__getitems__(read.tolist())
-        images = np.stack([r["image"] for r in records])[np.searchsorted(read, wanted)]
-        labels = [records[row]["label"] for row in np.searchsorted(read, indices)]
-        return adjacent.to_channels(images), np.stack(labels)
+        records = self.source.__getitems__([int(i) for i in indices])
+        return (
+            np.stack([r["image"] for r in records]),
+            np.stack([r["label"] for r in records]),
+        )
 
     def slice_name(self, record: int) -> str:
         """Names volume and slice number of a record, e.g. "patient001_frame01, slice 3"."""
@@ -145,7 +134,6 @@ def open_prepared(
     data_dir: str,
     manual_dir: str,
     n4_shrink_factor: int = 0,
-    adjacent_slices: int = 0,
     prepare: bool = True,
     options: Mapping[str, Any] | None = None,
 ) -> PreparedSet:
@@ -158,7 +146,6 @@ def open_prepared(
         ~/tensorflow_datasets).
       manual_dir: folder with the downloaded volumes, for data sets that need one.
       n4_shrink_factor: of N4 bias-field correction, see `bias_field`; 0: none.
-      adjacent_slices: that a slice is read with, on either side; see `adjacent`.
       prepare: False: a set that is not prepared yet is an error.
       options: what else the builder's `grid_config` takes, if it has one of its own.
 
@@ -197,7 +184,7 @@ def open_prepared(
         name=name,
         volumes={e.volume_id: e for e in entries},
         source=builder.as_data_source(split=slices.SPLIT),
-        preprocessing=preprocessing_of(builder)._replace(adjacent_slices=adjacent_slices),
+        preprocessing=preprocessing_of(builder),
         description=builder.info.description,
     )
 
@@ -252,7 +239,7 @@ def preprocessing_of(builder: tfds.core.DatasetBuilder) -> Preprocessing:
     )
 
 
-def _seen(volumes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _seen(volumes: Sequence[Mapping[str, Any]]) -> dict[str, tuple]:
     """What the prepared volumes are like; see `Preprocessing`; nothing before they are prepared."""
     if not volumes:
         return {}

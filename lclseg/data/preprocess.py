@@ -20,9 +20,6 @@ from lclseg.data.nifti import Volume, VolumeError
 # version that does otherwise can tell.
 FIXED = {"percentiles": list(grid.PERCENTILES), "clip": list(grid.CLIP)}
 MAX_IMAGE_SIZE = 4096
-MAX_ADJACENT = 8
-# What files of earlier versions do not hold, and what these did.
-ADDED = {"adjacent_slices": 0}
 
 
 class Preprocessing(NamedTuple):
@@ -43,7 +40,6 @@ class Preprocessing(NamedTuple):
       ignore_value: of the label files, where nothing is known; None: there is none.
       seen_spacing_mm: by axis, smallest and largest of the prepared volumes; (): not known.
       seen_median: likewise, of `grid.relative_median`, first channel.
-      adjacent_slices: on either side of a slice, its further channels; see `adjacent`.
     """
 
     class_names: tuple[str, ...]
@@ -59,12 +55,11 @@ class Preprocessing(NamedTuple):
     ignore_value: int | None = None
     seen_spacing_mm: tuple[tuple[float, float], ...] = ()
     seen_median: tuple[float, ...] = ()
-    adjacent_slices: int = 0
 
     @property
     def num_channels(self) -> int:
-        """Of the network's input: those of a slice, and of the slices beside it."""
-        return max(1, len(self.channels)) * (1 + 2 * self.adjacent_slices)
+        """K."""
+        return max(1, len(self.channels))
 
 
 def read_case(files: Files, how: Preprocessing) -> tuple[Volume, dict[float, int]]:
@@ -166,8 +161,6 @@ def from_json(content: Any, source: str) -> Preprocessing:
     Raises:
       ValueError: naming `source`, the value found and the one wanted.
     """
-    if isinstance(content, dict):
-        content = ADDED | content
     check_values(content, WANTED, source)
     values = {k: content[k] for k in Preprocessing._fields}
     names, label_values = tuple(values["class_names"]), tuple(values["label_values"])
@@ -259,7 +252,6 @@ WANTED: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     "seen_spacing_mm": (_are_spacings, "[], or [low, high] for each of three axes"),
     "seen_median": (lambda v: v in ([], ()) or _is_range(v), "[], or [low, high]"),
-    "adjacent_slices": (lambda v: is_whole(v, 0, MAX_ADJACENT), f"0..{MAX_ADJACENT}"),
     **{
         key: (functools.partial(operator.eq, fixed), f"{fixed}: this version knows no other")
         for key, fixed in FIXED.items()

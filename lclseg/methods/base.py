@@ -24,9 +24,7 @@ def base_of(config: ConfigDict, num_classes: int) -> Base:
       config: complete.
       num_classes: C, background included.
     """
-    # A trained model is opened with the config that its run has stored, which may be older.
-    num_slices = 1 + 2 * config.data.get("adjacent_slices", 0)
-    labeled_view, move, change = augmentation(config.augment, num_slices)
+    labeled_view, move, change = augmentation(config.augment)
 
     def segmentation(logits, label, axis_name):
         return segmentation_loss(
@@ -45,15 +43,11 @@ def base_of(config: ConfigDict, num_classes: int) -> Base:
         change=change,
         unlabeled_batch_size=config.data.unlabeled_batch_size,
         embedding_dim=config.model.embedding_dim,
-        num_slices=num_slices,
     )
 
 
-def augmentation(options: ConfigDict, num_slices: int = 1) -> tuple[Augment, Augment, Augment]:
-    """Makes what is done to a labelled slice; its geometry alone; its intensities alone.
-
-    The same is done to the slices beside it, where its channels are of `num_slices` slices.
-    """
+def augmentation(options: ConfigDict) -> tuple[Augment, Augment, Augment]:
+    """Makes what is done to a labelled slice; its geometry alone; its intensities alone."""
     if options.strength == "strong":
 
         def move(key, image, label):
@@ -66,7 +60,7 @@ def augmentation(options: ConfigDict, num_slices: int = 1) -> tuple[Augment, Aug
             )
 
         def change(key, image, label):
-            return augment.strong_intensity(key, image, num_slices=num_slices), label
+            return augment.strong_intensity(key, image), label
 
         def both(key, image, label):
             move_key, change_key = jax.random.split(key)
@@ -77,7 +71,6 @@ def augmentation(options: ConfigDict, num_slices: int = 1) -> tuple[Augment, Aug
     jitter = {"contrast_range": options.contrast_range, "max_brightness": options.max_brightness}
     slightly = functools.partial(
         augment.augment_slice,
-        num_slices=num_slices,
         max_rotation_degrees=options.max_rotation_degrees,
         scale_range=options.scale_range,
         elastic_probability=options.elastic_probability,
@@ -86,10 +79,7 @@ def augmentation(options: ConfigDict, num_slices: int = 1) -> tuple[Augment, Aug
     return (
         functools.partial(slightly, **jitter),
         functools.partial(slightly, contrast_range=(1.0, 1.0), max_brightness=0.0),
-        lambda key, image, label: (
-            augment.jitter_intensity(key, image, num_slices=num_slices, **jitter),
-            label,
-        ),
+        lambda key, image, label: (augment.jitter_intensity(key, image, **jitter), label),
     )
 
 

@@ -66,7 +66,6 @@ class Base(NamedTuple):
       change: its intensity alone: what makes a weak view a strong one.
       unlabeled_batch_size: slices without ground truth in a global batch.
       embedding_dim: E of the projection head.
-      num_slices: that an image's channels are of: 1, or the slice and those beside it.
     """
 
     num_classes: int
@@ -76,7 +75,6 @@ class Base(NamedTuple):
     change: Augment
     unlabeled_batch_size: int
     embedding_dim: int
-    num_slices: int = 1
 
 
 class Method(NamedTuple):

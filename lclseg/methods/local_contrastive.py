@@ -140,7 +140,6 @@ def make(options: Any, base: Base) -> Method:
             contrast_range=options.view_contrast_range,
             max_brightness=options.view_max_brightness,
             clip=options.view_clip,
-            num_slices=base.num_slices,
         )
         return image, label
 

@@ -176,8 +176,7 @@ def read_run(
 
 def find_prepared(config: dict) -> tuple[PreparedSet | None, str]:
     """Finds the prepared set of a config read from JSON, or None and why; prepares nothing."""
-    keys = {"name", "image_size", "target_spacing_mm", "n4_shrink_factor", "adjacent_slices"}
-    keys |= {"data_dir", "manual_dir"}
+    keys = ("name", "image_size", "target_spacing_mm", "n4_shrink_factor", "data_dir", "manual_dir")
     data = config["data"]
     grid = {k: v for k, v in data.items() if k in keys}  # an old config may lack one
     try:

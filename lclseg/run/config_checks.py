@@ -8,7 +8,6 @@ from ml_collections import ConfigDict
 
 from lclseg.data import case_files
 from lclseg.data.layouts import MAX_CHANNELS
-from lclseg.data.preprocess import MAX_ADJACENT
 from lclseg.data.splits import choose_lists
 from lclseg.errors import ConfigError, UserError
 from lclseg.rules import (
@@ -59,7 +58,6 @@ RULES: dict[str, Rule] = {
     "data.image_size": whole(1),
     "data.target_spacing_mm": ABOVE_0,
     "data.n4_shrink_factor": whole(0, 64),
-    "data.adjacent_slices": whole(0, MAX_ADJACENT),
     "data.num_labeled": NAME,
     "data.split": NAME,
     "data.splits": Rule(lambda v: hasattr(v, "items"), "{num_labeled: {split: lists}}"),

@@ -124,12 +124,7 @@ def open_data(config: ConfigDict) -> tuple[PreparedSet, Split]:
     builder = open_builder(config.data.name, **grid)
     check_classes(config, preprocessing_of(builder).class_names)
     with multihost.first_goes_first():
-        prepared = open_prepared(
-            config.data.name,
-            manual_dir=config.data.manual_dir,
-            adjacent_slices=config.data.adjacent_slices,
-            **grid,
-        )
+        prepared = open_prepared(config.data.name, manual_dir=config.data.manual_dir, **grid)
     # Own data may be a mask to learn from, one to choose the checkpoint by, and no more.
     own = config.data.name == case_files.NAME
     split = resolve_split(config.data, prepared.volumes, may_lack_test=own)

@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from lclseg.data import preprocess
 from lclseg.data.dataset import PreparedSet
 from lclseg.data.splits import Split
 from lclseg.errors import ConfigError
@@ -85,13 +84,6 @@ def check_source(
         raise ConfigError(
             f"rounds.start_from: the run in {source.workdir} has the classes {', '.join(theirs)}, "
             f"this one {', '.join(prepared.class_names)}; wanted the same, in the same order"
-        )
-    channels = preprocess.from_json(source.preprocessing, str(source.workdir)).num_channels
-    if channels != prepared.preprocessing.num_channels:
-        raise ConfigError(
-            f"rounds.start_from: the run in {source.workdir} has slices of {channels} channels, "
-            f"this one of {prepared.preprocessing.num_channels}; wanted as many: set data.channels "
-            "and data.adjacent_slices as they are there"
         )
     if source.config["data"]["name"] != prepared.name:
         return
