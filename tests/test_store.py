@@ -1,5 +1,6 @@
 """Slices on the devices: what they show, that hidden truth is not among it, and by stretches."""
 
+import dataclasses
 import types
 
 import jax
@@ -10,7 +11,8 @@ from lclseg.data import batches
 from lclseg.data.dataset import PreparedSet, VolumeEntry
 from lclseg.data.preprocess import Preprocessing
 from lclseg.losses import IGNORE
-from lclseg.run.store import DeviceSlices, Labels, num_rows
+from lclseg.run import devices
+from lclseg.run.store import SHARE, DeviceSlices, Labels, num_rows
 
 NUM_DEVICES = 4  # of the tests' process
 POISON = 254
@@ -185,6 +187,17 @@ def test_stores_of_a_few_slices_more_or_less_have_one_shape(prepared):
     few = DeviceSlices(prepared, labels, draws, LABELED[:3], capacity=5)
     few.load(0, 20)
     assert few.store.image.shape == (NUM_DEVICES, 5, 4, 4)
+
+
+@pytest.mark.parametrize("channels", [(), (0, 1, 2)])
+def test_a_store_takes_its_share_of_memory_whatever_the_channels(prepared, channels, monkeypatch):
+    how = prepared.preprocessing._replace(channels=channels)
+    prepared = dataclasses.replace(prepared, preprocessing=how)
+    monkeypatch.setattr(devices, "memory_bytes", lambda: 1500)
+    slices, _ = make(prepared)
+    pixel = 4 * max(1, len(channels)) + 1  # bytes: float32 images, and the label
+    fit = SHARE * 1500 / (16 * pixel + 1)  # 4 x 4 pixels, and whether it is labelled
+    assert slices.capacity == int(fit) < 14
 
 
 def test_a_store_is_at_most_a_quarter_larger_than_its_slices():

@@ -17,13 +17,14 @@ from scipy import ndimage
 
 from lclseg import model_files, predict, quality_gate, suggest, train
 from lclseg.crf import upsampled_dense_crf
-from lclseg.data import own_data, roles
+from lclseg.data import own_data, preprocess, roles
+from lclseg.data.dataset import PreparedSet
 from lclseg.data.splits import SplitError
 from lclseg.errors import ConfigError
 from lclseg.evaluation import VolumePrediction
 from lclseg.page import suggestions
 from lclseg.page.recorded import RunError, find_prepared
-from lclseg.run import devices
+from lclseg.run import devices, start_from
 from lclseg.run.setup import start_run
 from lclseg.through_plane import smooth_across_slices
 
@@ -350,6 +351,18 @@ def test_weights_that_do_not_fit(loop, tmp_path, change, message):
     with pytest.raises(ConfigError, match=message):
         train.train_and_evaluate(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_weights_for_images_of_more_channels(loop):
+    folder, data_dir, workdir, _ = loop
+    source = start_from.read_source(config_of(folder, data_dir, start_from=str(workdir)))
+    prepared = PreparedSet("x", {}, None, preprocess.from_json(source.preprocessing, "x"))
+    start_from.check_source(source, prepared, None, networks=1)
+    two = source._replace(preprocessing=source.preprocessing | {"channels": [0, 1]})
+    with pytest.raises(
+        ConfigError, match=r"has images of 2 channel\(s\), this one of 1; wanted as"
+    ):
+        start_from.check_source(two, prepared, None, networks=1)
 
 
 def test_no_volume_is_tested_on_that_the_weights_know(loop, tmp_path):

@@ -82,7 +82,8 @@ class DeviceSlices:
           capacity: rows at most; None: as many as take `SHARE` of a device's memory.
         """
         if capacity is None:
-            capacity = int(SHARE * devices.memory_bytes() / (5 * prepared.image_size**2 + 1))
+            pixel = 4 * prepared.preprocessing.num_channels + 1  # bytes: image and label
+            capacity = int(SHARE * devices.memory_bytes() / (pixel * prepared.image_size**2 + 1))
         self.prepared, self.labels, self.sampler = prepared, labels, sampler
         self.all = np.unique(records)
         self.capacity = min(capacity, num_rows(len(self.all)))
