@@ -1,8 +1,8 @@
 """python -m benchmarks.paired_gain results/acdc_4000/recipe results/acdc_long/recipe
 
 Tells how much higher the test Dice of one row of a sweep is than that of another, pair by pair,
-with a 95 % interval (Student's t). The rows may be of two sweeps, as long as both test the same
-volumes; `--splits` takes some of the pairs. No times.
+with 95 % intervals; see `sweep_table.gains_by_pair`. The rows may be of two sweeps, as long as both
+test the same volumes; `--splits` takes some of the pairs. No times.
 """
 
 import argparse
@@ -10,50 +10,44 @@ import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from lclseg.sweep_table import chosen_dice, every_component_dice, final_dice, mean_and_interval
-
-MEASURES = {
-    "last weights, largest component": final_dice,
-    "last weights, every component": every_component_dice,
-    "chosen weights, largest component": chosen_dice,
-}
+from lclseg.sweep_table import gains_by_pair, in_markdown
 
 
-def runs_of(folder: Path, splits: Collection[str]) -> dict[str, dict]:
-    """Reads the finished runs of a row by "<split>_seed<seed>"; of `splits`, where there are any.
+def read_row(folder: Path, splits: Collection[str]) -> dict[tuple[str, str, int], dict]:
+    """Reads the finished runs of a row by (folder, split, seed); of `splits`, where there are any.
 
     Raises:
       ValueError: there is none, or none of one of the splits.
     """
-    runs = {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
-    found = {pair: pair.split("_seed")[0] for pair in runs}
-    missing = [split for split in splits if split not in found.values()]
+    runs = {}
+    for path in sorted(folder.glob("*.json")):
+        split, _, seed = path.stem.rpartition("_seed")
+        runs[str(folder), split, int(seed)] = json.loads(path.read_text())
+    there = {split for _, split, _ in runs}
+    missing = [split for split in splits if split not in there]
     if missing or not runs:
         of = f" of {', '.join(missing)}" if missing else ""
-        raise ValueError(f"{folder} holds no run{of}; it has {', '.join(sorted(found)) or 'none'}")
-    return {pair: run for pair, run in runs.items() if not splits or found[pair] in splits}
+        raise ValueError(f"{folder} holds no run{of}; it has {', '.join(sorted(there)) or 'none'}")
+    return {key: run for key, run in runs.items() if not splits or key[1] in splits}
 
 
-def lines(one: Mapping[str, dict], other: Mapping[str, dict]) -> list[str]:
-    """Makes a Markdown table: a line per measure, the gains by pair and their mean.
+def table(row: Mapping, reference: Mapping) -> str:
+    """Makes the Markdown table of two rows, both as `read_row` gives them.
 
     Raises:
-      ValueError: no pair is in both rows, or its runs have tested other volumes.
+      ValueError: no pair is in both, or its runs have tested other volumes.
     """
-    pairs = sorted(one.keys() & other.keys(), key=lambda p: (len(p), p))  # c2 before c10
+    names = [next(iter(runs))[0] for runs in (row, reference)]
+    pairs = {key[1:] for key in row} & {key[1:] for key in reference}
     if not pairs:
-        raise ValueError(f"no pair in common: {', '.join(one)}, and {', '.join(other)}")
-    for pair in pairs:
-        tested = [sorted(row[pair]["volumes"]["test"]) for row in (one, other)]
+        raise ValueError(f"{' and '.join(names)} have no pair of split and seed in common")
+    for split, seed in pairs:
+        runs = (row[names[0], split, seed], reference[names[1], split, seed])
+        tested = [sorted(run["volumes"]["test"]) for run in runs]
         if tested[0] != tested[1]:
-            raise ValueError(f"{pair}: the rows have tested other volumes; they do not compare")
-    cells = [["gain", *pairs, "mean"], ["---"] * (len(pairs) + 2)]
-    for measure, dice in MEASURES.items():
-        gains = [dice(one[pair]) - dice(other[pair]) for pair in pairs]
-        mean, half = mean_and_interval(gains)
-        interval = "" if half is None else f" ± {half:.3f}"
-        cells.append([measure, *(f"{g:+.3f}" for g in gains), f"{mean:+.3f}{interval}"])
-    return [f"| {' | '.join(some)} |" for some in cells]
+            raise ValueError(f"{split}, seed {seed}: the rows have tested other volumes")
+    in_order = sorted(pairs, key=lambda pair: (len(pair[0]), pair))  # c2 before c10
+    return in_markdown(*gains_by_pair([names[0]], in_order, {**row, **reference}, names[1]))
 
 
 def main():
@@ -65,10 +59,9 @@ def main():
     parser.add_argument("--splits", nargs="+", default=[], help="default: all that both have")
     args = parser.parse_args()
     try:
-        found = lines(runs_of(args.row, args.splits), runs_of(args.reference, args.splits))
+        print(table(read_row(args.row, args.splits), read_row(args.reference, args.splits)))
     except ValueError as error:
         parser.error(str(error))
-    print("\n".join(found))
 
 
 if __name__ == "__main__":

@@ -163,10 +163,12 @@ def markdown(rows: Collection[str], pairs: Sequence[Pair], results: Results, ref
         gains_by_pair(rows, pairs, results, reference),
         by_stage(rows, pairs, results),
     ]
-    return "\n\n".join(
-        "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *lines))
-        for head, lines in tables
-    )
+    return "\n\n".join(in_markdown(head, lines) for head, lines in tables)
+
+
+def in_markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """Makes one table in Markdown."""
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *lines))
 
 
 def paired_gains(

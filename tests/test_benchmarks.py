@@ -97,17 +97,15 @@ def test_a_row_gains_over_one_of_another_sweep_pair_by_pair(tmp_path):
     # 0.1, 0.2 and 0.3 have a standard deviation of 0.1; t of two degrees of freedom is 4.303, and
     # 4.303 x 0.1 / sqrt(3) = 0.248. The others likewise.
     assert printed(one, other).splitlines() == [
-        "| gain | c1_seed0 | c2_seed0 | c10_seed0 | mean |",
-        "| --- | --- | --- | --- | --- |",
-        "| last weights, largest component | +0.100 | +0.160 | +0.300 | +0.187 ± 0.255 |",
-        "| last weights, every component | +0.100 | +0.200 | +0.300 | +0.200 ± 0.248 |",
-        "| chosen weights, largest component | +0.100 | +0.200 | -0.100 | +0.067 ± 0.379 |",
+        f"| gain over {other} | c1 | c2 | c10 | mean | every component counted | chosen |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+        f"| {one} | +0.100 | +0.160 | +0.300 | +0.187 ± 0.255 | +0.200 ± 0.248 | +0.067 ± 0.379 |",
     ]
-    assert "| +0.300 | +0.300 |" in printed(one, other, "--splits", "c10")
+    assert "| +0.300 | +0.300 | +0.300 | -0.100 |" in printed(one, other, "--splits", "c10")
     for arguments, message in (
-        ((one, other, "--splits", "c1", "c3"), "one holds no run of c3; it has c10_seed0, c1_"),
+        ((one, other, "--splits", "c1", "c3"), "one holds no run of c3; it has c1, c10, c2"),
         ((one, tmp_path / "short"), "short holds no run; it has none"),
-        ((one, tmp_path / "short/strangers"), "c1_seed0: the rows have tested other volumes"),
+        ((one, tmp_path / "short/strangers"), "c1, seed 0: the rows have tested other volumes"),
     ):
         with pytest.raises(AssertionError, match=message):
             printed(*arguments)

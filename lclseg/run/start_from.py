@@ -85,7 +85,7 @@ def check_source(
             f"rounds.start_from: the run in {source.workdir} has the classes {', '.join(theirs)}, "
             f"this one {', '.join(prepared.class_names)}; wanted the same, in the same order"
         )
-    channels = max(1, len(source.preprocessing.get("channels", ())))  # of before: always one
+    channels = max(1, len(source.preprocessing.get("channels", ())))  # older runs name none
     if channels != prepared.preprocessing.num_channels:
         raise ConfigError(
             f"rounds.start_from: the run in {source.workdir} has images of {channels} channel(s), "
