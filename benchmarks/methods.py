@@ -20,11 +20,7 @@ REFERENCE = "supervised"
 
 
 def serve_ours(folder: Path, method: str, size: int, threads: int) -> None:
-    import jax
-
     from lclseg import passes
-    from lclseg.random_keys import named_key
-    from lclseg.run import devices
     from lclseg.run.setup import initial_state, set_up_process
 
     config = phantom_run.config(
@@ -38,8 +34,7 @@ def serve_ours(folder: Path, method: str, size: int, threads: int) -> None:
         store, rows = slices.batch(0)
     kind = phantom_run.last_kind(run)
     state = initial_state(run, kind)
-    current = {"state": devices.replicate(state)}
-    key = named_key(run.key, "steps")
+    training = phantom_run.Steps(run, state, store, rows)
 
     def slices_in_step() -> int:
         """Of a global batch, all passes and networks."""
@@ -50,15 +45,7 @@ def serve_ours(folder: Path, method: str, size: int, threads: int) -> None:
 
     def step(num_steps: int) -> float:
         """Seconds of one of `num_steps` steps."""
-
-        def work():
-            for _ in range(num_steps):
-                current["state"], current["metrics"] = run.programs[kind].train(
-                    current["state"], store, rows, key
-                )
-            jax.block_until_ready((current["state"], current["metrics"]))
-
-        return harness.timed(work) / num_steps
+        return training.take(num_steps)
 
     harness.serve(slices_in_step, step)
 

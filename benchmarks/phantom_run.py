@@ -5,16 +5,21 @@ The pseudo-labels are the ground truth, written as a round's would be.
 """
 
 import runpy
+from collections.abc import Mapping
 from pathlib import Path
 
+import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from benchmarks.harness import ROOT
+from benchmarks import harness
 from lclseg.pseudo_labels import PseudoLabels
+from lclseg.random_keys import named_key
+from lclseg.run import devices
 from lclseg.run.setup import Run, start_run
 from lclseg.run.store import DeviceSlices
 from lclseg.stage import slices_of
+from lclseg.steps import Store, TrainState
 
 FIELD_MM = 128  # of the grid, in-plane
 
@@ -31,7 +36,7 @@ def config(
 
     One volume each is labelled, for validation and for the test; the rest is the unlabelled pool.
     """
-    result = runpy.run_path(str(ROOT / "configs" / "default.py"))["get_config"](method)
+    result = runpy.run_path(str(harness.ROOT / "configs" / "default.py"))["get_config"](method)
     result.num_cpu_devices = num_cpu_devices
     data = result.data
     data.name, data.data_dir = "phantom", str(folder / "data")
@@ -61,6 +66,29 @@ def start(config: ConfigDict, workdir: Path, *, num_volumes: int) -> tuple[Run, 
 def last_kind(run: Run) -> str:
     """Of the last stage: supervised training has the first alone."""
     return "joint" if run.method.sampler else "first"
+
+
+class Steps:
+    """Training steps of the last stage, each from the weights that the one before it left.
+
+    All take the same slices, `store` and `rows`, of `DeviceSlices.batch`. `metrics` holds those of
+    the last step, of each device.
+    """
+
+    def __init__(self, run: Run, state: TrainState, store: Store, rows: Mapping[str, np.ndarray]):
+        self._program = run.programs[last_kind(run)]
+        self._state = devices.replicate(state)
+        self._inputs = store, rows, named_key(run.key, "steps")
+
+    def take(self, num_steps: int) -> float:
+        """Takes `num_steps` steps; returns the seconds of one."""
+
+        def work():
+            for _ in range(num_steps):
+                self._state, self.metrics = self._program.train(self._state, *self._inputs)
+            jax.block_until_ready((self._state, self.metrics))
+
+        return harness.timed(work) / num_steps
 
 
 def truth_of_pool(run: Run) -> PseudoLabels:
