@@ -135,6 +135,37 @@ def test_a_grid_is_pixels_and_millimetres(text):
         grid_limit.grid_of(text)
 
 
+# What a benchmark that times peers is given, for as little work as it can do.
+SMALL = {
+    "contrastive_loss": ("--size", 32, "--pairs", 2),
+    "dense_crf": ("--size", 32, "--slices", 2),
+    "host_work": ("--sizes", 32, "--volumes", 5, "--lines", 2),
+    "methods": ("--methods", "bcp", "--size", 32, "--steps", 1),
+    "preprocess": ("--volumes", 2, "--size", 64),
+    "scaling": ("--size", 32, "--steps", 1),
+    "startup": ("--size", 32),
+    "sweep": ("--size", 32, "--steps", 4),
+    "train_step": ("--sizes", 32, "--steps", 1),
+}
+PEERS = {
+    "contrastive_loss": "torch",
+    "dense_crf": "pydensecrf",
+    "preprocess": "skimage",
+    "train_step": "torch",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SMALL)
+def test_a_benchmark_of_peers_prints_its_table(name, tmp_path):
+    """They agree, where they compute the same: a benchmark ends where they do not."""
+    if name in PEERS:
+        pytest.importorskip(PEERS[name])
+    path = tmp_path / "table.json"
+    run(f"benchmarks.{name}", *SMALL[name], "--repeats", 1, "--json", path, timeout=900)
+    assert json.loads(path.read_text())["rows"]
+
+
 @pytest.mark.slow
 def test_the_accelerator_benchmark_runs_and_agrees_with_the_golden_values(tmp_path):
     path = tmp_path / "lines.jsonl"
