@@ -2,9 +2,9 @@
 
   python -m lclseg.main --config=configs/hippocampus.py --config.data.manual_dir=Task04_Hippocampus
 
-Expected with 1 labelled volume: test Dice 0.80 (mean of ten splits), in some 17 minutes on one CPU
-core; with 2 it has not been measured. Supervised training has 0.76 by the same smoothing and CRF;
-see docs/results.md.
+Expected: test Dice 0.82 (mean of five splits), with 1 labelled volume 0.80 (of ten), in some 17
+minutes on one CPU core. Supervised training has 0.80 and 0.76 by the same smoothing and CRF; see
+docs/results.md.
 
 A small set and a schedule of 600 + 1400 steps: the real data that two CPU cores can afford.
 
