@@ -305,6 +305,7 @@ def test_sweeps_of_the_repository(path):
         ("acdc", "supervised, by the recipe's rules", "supervised"),
         ("acdc", "local contrastive, by the recipe's rules", "local_contrastive"),
         ("hippocampus", "recipe", "self_training"),
+        ("hippocampus_2", "recipe", "self_training"),
     ],
 )
 def test_rows_of_the_recipe_are_the_config(name, row, method):
