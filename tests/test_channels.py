@@ -46,6 +46,7 @@ def run(tmp_path_factory):
     data.labeled_batch_size = 4
     config.method.pairs.update(labeled_self=1, pseudo_self=1, labeled_pseudo=1, pseudo_pseudo=1)
     config.model.filters = (4, 8)
+    config.augment.strength = "paper"  # compiled in half the time
     config.crf.num_steps = 1
     config.optimizer.update(ema_decay=0.0, learning_rate=0.01)
     config.rounds.update(baseline_steps=20, steps_per_round=2, num_rounds=1, eval_every=2)

@@ -744,6 +744,7 @@ def test_a_run_that_learns_from_both_of_two_masks(tmp_path):
     config = config_of(folder, data_dir=str(tmp_path / "prepared"), labeled_batch_size=4)
     config.data.unlabeled_batch_size = 4
     config.model.filters = (4, 4)
+    config.augment.strength = "paper"  # compiled in half the time
     config.rounds.update(baseline_steps=3, steps_per_round=2, num_rounds=1, eval_every=2)
     config.rounds.batch_norm_batches = 1
     results = train.train_and_evaluate(config, workdir)
@@ -784,6 +785,7 @@ def test_a_run_with_two_masks(tmp_path):
         config = config_of(folder, data_dir=str(tmp_path / "prepared"), labeled_batch_size=4)
         config.data.update(num_labeled="1", unlabeled_batch_size=4)
         config.model.filters = (4, 4)
+        config.augment.strength = "paper"  # compiled in half the time
         config.rounds.update(baseline_steps=2, steps_per_round=2, num_rounds=1, eval_every=2)
         config.rounds.batch_norm_batches = 0
         return train.train_and_evaluate(config, workdir)
