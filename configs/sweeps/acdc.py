@@ -52,6 +52,7 @@ ROWS = rows["ROWS"] | {
     "recipe": COPY_PASTE | RULES,
     # Other methods by the same rules: what is left between them is training.
     "supervised, by the recipe's rules": rows["ROWS"]["supervised"] | RULES,
+    "all labels, by the recipe's rules": ALL_LABELS | RULES,
     "local contrastive, by the recipe's rules": rows["ROWS"]["local contrastive"] | RULES,
     "local contrastive, by the recipe's rules, without its term": (
         rows["ROWS"]["local contrastive, without its term"] | RULES
